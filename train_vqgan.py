@@ -1,0 +1,1717 @@
+# Copyright 2026 the contributors. Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Train a VQGAN image tokenizer: a diffusers `VQModel` against a patch discriminator.
+
+    L_G = w_pixel |x - x_hat| + w_perceptual P(x, x_hat) + w_codebook |sg[z] - e|^2 + w_commitment |z - sg[e]|^2
+          + lambda L_adv(x_hat)
+    L_D = E[max(0, 1 - D(x))] + E[max(0, 1 + D(x_hat))]
+
+x: image, z: latents, e: code vectors nearest to z, x_hat: reconstruction, sg: stop-gradient, P: perceptual distance,
+D: discriminator. The objectives are those of Esser et al. 2021 (https://arxiv.org/abs/2012.09841).
+
+Five minutes on a laptop, on the photographs that come with the repository:
+    accelerate launch train_vqgan.py @recipes/demo.args
+CIFAR-10 from the Hub:
+    accelerate launch train_vqgan.py --dataset_name=cifar10 --image_column=img --resolution=128 --report_to=wandb
+Your own folder of images:
+    accelerate launch train_vqgan.py --train_data_dir=photos --resolution=256 --mixed_precision=bf16 --use_ema
+
+A step is one update of the generator and one of the discriminator on the same
+train_batch_size x gradient_accumulation_steps x processes images. To resume, run the same command again with
+`--resume_from_checkpoint latest`. The result, in `output_dir/vqmodel`, loads with `VQModel.from_pretrained`.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import sys
+import time
+import uuid
+from contextlib import contextmanager, nullcontext
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import NamedTuple
+
+import accelerate
+import datasets
+import diffusers
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+import torchmetrics
+import torchmetrics.functional.image
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from diffusers import VQModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.vae import VectorQuantizer
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from huggingface_hub import HfApi
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm.auto import tqdm
+
+from discriminator import Discriminator
+
+logger = logging.getLogger("train_vqgan")
+
+REPOSITORY = Path(__file__).resolve().parent
+UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)  # what Pillow raises
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+DEFAULT_VQMODEL = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [128, 256, 512],
+    "layers_per_block": 2,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "vq_embed_dim": 4,
+    "num_vq_embeddings": 16384,
+    "norm_num_groups": 32,
+    "norm_type": "spatial",
+    "sample_size": 32,
+    "scaling_factor": 0.18215,
+}
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one line, exit status 2."""
+
+
+# ---- Flags ---------------------------------------------------------------------------------------------------------
+
+REMOVED_FLAGS = {
+    "--prediction_type": "it belongs to diffusion models and has no meaning here; leave it out",
+    "--non_ema_revision": "use --revision",
+    "--local_rank": "the launcher sets it; use accelerate launch or torchrun",
+    "--timm_model_offset": "name the layers with --timm_model_layers; they are printed at the start",
+    "--enable_xformers_memory_efficient_attention": "PyTorch's own attention is as fast; leave it out",
+    "--log_grad_norm_steps": "gradient norms are logged every --log_steps",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors from the main process only, and recipes: `@file`, several flags a line, # comments.
+
+    Paths in a recipe are relative to the repository.
+    """
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n" if int(os.environ.get("RANK", 0)) == 0 else None)
+
+    def convert_arg_line_to_args(self, line):
+        words = shlex.split(line, comments=True)
+        return [str(REPOSITORY / w) if "/" in w and (REPOSITORY / w).exists() else w for w in words]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class RemovedFlag(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.error(f"{option_string} is gone: {REMOVED_FLAGS[option_string]}")
+
+
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
+    """An argparse type: a finite int or float in [low, high], and greater than `above`."""
+
+    def parse(text):
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high and value > above):
+            bounds = [f"greater than {above}"] * (above > -math.inf) + [f"at least {low}"] * (low > -math.inf)
+            bounds += [f"at most {high}"] * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
+
+
+def steps_or_fraction(text):
+    """'20000' is a number of steps, '0.1' a fraction of the run."""
+    return number(int, 0)(text) if re.fullmatch(r"-?\d+", text) else number(float, 0, 1)(text)
+
+
+# fmt: off
+def parse_args(argv=None):
+    """Flags to a namespace; every check that needs neither data nor network happens here."""
+    parser = Parser(prog="train_vqgan.py", description=__doc__.split("\n")[0], fromfile_prefix_chars="@", allow_abbrev=False, formatter_class=HelpFormatter)
+    schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+    positive, count, weight = number(int, 1), number(int, 0), number(float, 0)
+    for flag in REMOVED_FLAGS:
+        parser.add_argument(flag, nargs="*", action=RemovedFlag, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="data set on the Hub, or a local directory that the datasets library reads")
+    add("--dataset_config_name", help="configuration of that data set, when it has several")
+    add("--train_data_dir", help="folder of images, searched recursively; without it and --dataset_name: the photographs in images/train")
+    add("--image_column", default="image", help="column that holds the images")
+    add("--streaming", action="store_true", help="read the data set while training instead of downloading it first; needs --max_train_steps")
+    add("--cache_dir", help="where downloaded models and data sets are kept")
+    add("--max_train_samples", type=positive, help="train on this many images, drawn by seed")
+    add("--resolution", type=number(int, 8), default=256, help="side of the training images, in pixels; the short side is resized, then cropped")
+    add("--center_crop", action="store_true", help="crop the centre instead of a random place")
+    add("--random_flip", action="store_true", help="mirror half of the images")
+    add("--pixel_range", choices=["signed", "unit"], default="signed", help="what the model takes and gives: [-1, 1] as diffusers expects, or [0, 1]")
+    add("--dataloader_num_workers", type=count, help="processes that load images, per training process (default: one per core, at most 8)")
+
+    add = parser.add_argument_group("networks").add_argument
+    add("--model_config_name_or_path", help="VQModel config: JSON file, directory or Hub id; see configs/")
+    add("--pretrained_model_name_or_path", help="start from this VQModel: directory or Hub id")
+    add("--revision", help="revision of the pretrained model or config on the Hub")
+    add("--discriminator_config_name_or_path", help="discriminator config: JSON file, directory or Hub id")
+    add("--gradient_checkpointing", action="store_true", help="recompute the generator's activations in the backward pass: less memory, slower")
+
+    add = parser.add_argument_group("objectives").add_argument
+    add("--vae_loss", choices=["l1", "l2"], default="l2", help="pixel loss")
+    add("--pixel_weight", type=weight, default=1.0, help="weight of the pixel loss, on [-1, 1]")
+    add("--perceptual_weight", type=weight, default=1.0, help="weight of the perceptual loss; 0 loads no backbone")
+    add("--codebook_weight", type=weight, default=1.0, help="weight of |sg[z] - e|^2")
+    add("--commitment_weight", type=weight, default=0.25, help="weight of |z - sg[e]|^2")
+    add("--adversarial_weight", type=weight, default=0.1, help="weight of the adversarial loss, constant after its ramp; 0 trains no discriminator")
+    add("--discriminator_start", type=steps_or_fraction, help="first step of the discriminator, in steps or as a fraction of the run (default: 0.1, at most 20000 steps)")
+    add("--discriminator_warmup", type=steps_or_fraction, default=0.02, help="length of the ramp of the adversarial weight from there, in steps or as a fraction")
+    add("--timm_model_backend", default="vgg19", help="timm model of the perceptual loss")
+    add("--timm_model_layers", help="its layers, names or indices separated by | or commas (default: all stages that are not pooling layers)")
+    add("--timm_model_weights", default="hub", help="its weights: hub, a local file, the name of an installed package that ships one, or random")
+
+    add = parser.add_argument_group("codebook").add_argument
+    add("--codebook_init", choices=["kmeans", "sphere", "uniform", "keep"], help="k-means of encoder outputs, unit sphere, diffusers' own, or as loaded (default: kmeans, keep with a pretrained model)")
+    add("--codebook_norm", choices=["l2", "none"], help="search on the unit sphere, or not; folded into the codes on export (default: l2, none with a pretrained model)")
+    add("--codebook_restart_steps", type=count, help="move codes that nearly no latent chose for this many steps to encoder outputs; 0: never (default: 100, 0 with a pretrained model)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--train_batch_size", type=positive, default=16, help="images per process and micro-batch")
+    add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches per step")
+    add("--num_train_epochs", type=number(float, above=0), default=100, help="passes over the data, when --max_train_steps is not given")
+    add("--max_train_steps", type=positive, help="steps of the run")
+    add("--learning_rate", type=weight, default=1e-4, help="peak learning rate of the generator")
+    add("--discr_learning_rate", type=weight, default=1e-4, help="peak learning rate of the discriminator")
+    add("--scale_lr", action="store_true", help="multiply both by batch x accumulation x processes")
+    add("--lr_scheduler", choices=schedules, default="constant_with_warmup", help="schedule of the generator")
+    add("--discr_lr_scheduler", choices=schedules, default="constant_with_warmup", help="schedule of the discriminator, counted from its start")
+    add("--lr_warmup_steps", type=count, default=500, help="steps of linear warm-up, of both")
+    add("--adam_beta1", type=number(float, 0, 0.99999), default=0.9, help="AdamW beta1")
+    add("--adam_beta2", type=number(float, 0, 0.99999), default=0.99, help="AdamW beta2")
+    add("--adam_weight_decay", type=weight, default=1e-4, help="AdamW weight decay; none on codebook, norms and biases")
+    add("--adam_epsilon", type=number(float, above=0), default=1e-8, help="AdamW epsilon")
+    add("--use_8bit_adam", action="store_true", help="8-bit AdamW of bitsandbytes")
+    add("--max_grad_norm", type=weight, default=1.0, help="clip each network's gradient to this norm; 0: never")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast of the networks; losses and quantiser stay fp32 (default: as in accelerate config)")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs")
+    add("--seed", type=number(int, 0, 2**32 - 1), help="seed of everything (default: drawn and recorded)")
+
+    add = parser.add_argument_group("ema").add_argument
+    add("--use_ema", action="store_true", help="validate and export an exponential moving average of the generator")
+    add("--ema_decay", type=number(float, 0, 1), default=0.999, help="its decay per step")
+
+    add = parser.add_argument_group("validation and logging").add_argument
+    add("--validation_images", nargs="+", default=[], help="images reconstructed at every validation")
+    add("--validation_steps", type=count, default=500, help="validate every this many steps and at the end; 0: only at the end")
+    add("--log_steps", type=positive, default=50, help="log every this many steps")
+    add("--report_to", choices=["tensorboard", "wandb", "all", "none"], default="tensorboard", help="tracker; output_dir/metrics.jsonl is always written")
+    add("--tracker_project_name", default="vqgan-training", help="project name on the tracker")
+    add("--logging_dir", default="logs", help="TensorBoard directory, below output_dir")
+
+    add = parser.add_argument_group("checkpoints and hub").add_argument
+    add("--output_dir", default="vqgan-output", help="where everything is written")
+    add("--checkpointing_steps", type=count, default=500, help="write a checkpoint every this many steps and at the end; 0: none")
+    add("--checkpoints_total_limit", type=positive, help="keep only this many of them")
+    add("--resume_from_checkpoint", help="a checkpoint directory, or latest: the newest one in output_dir, a fresh start when there is none")
+    add("--push_to_hub", action="store_true", help="upload the result to the Hub")
+    add("--hub_token", help="token for the upload (default: that of `hf auth login`)")
+    add("--hub_model_id", help="repository to upload to (default: the name of output_dir)")
+    args = parser.parse_args(argv)
+    try:
+        check_args(args)
+    except UserError as error:
+        parser.error(error)
+    return args
+# fmt: on
+
+
+def check_args(args):
+    """Fill in defaults that depend on other flags; raise UserError for what cannot work."""
+    if args.dataset_name and args.train_data_dir:
+        raise UserError("--dataset_name and --train_data_dir: give one of them")
+    if args.streaming and not args.dataset_name:
+        raise UserError("--streaming: needs --dataset_name")
+    if args.streaming and not args.max_train_steps:
+        raise UserError("--streaming: needs --max_train_steps, as the length of the data is not known")
+    if args.streaming and args.max_train_samples:
+        raise UserError("--max_train_samples: does not go with --streaming")
+    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
+        raise UserError(f"--train_data_dir: no such folder: {args.train_data_dir}")
+    for path in args.validation_images:
+        if not Path(path).is_file():
+            raise UserError(f"--validation_images: no such file: {path}")
+    for flag in ("model_config_name_or_path", "discriminator_config_name_or_path"):
+        value = getattr(args, flag)
+        if value and value.endswith(".json") and not Path(value).is_file():
+            raise UserError(f"--{flag}: no such file: {value}")
+    if args.pretrained_model_name_or_path and args.model_config_name_or_path:
+        raise UserError("--model_config_name_or_path: a pretrained model brings its own config; give one of them")
+    if args.timm_model_layers == "head":
+        raise UserError("--timm_model_layers: 'head' is no feature layer; leave it out for all stages, or name some")
+    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
+        raise UserError("--hub_token and --hub_model_id: need --push_to_hub")
+    if args.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        probe = Path(args.output_dir) / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output_dir: cannot write to {args.output_dir}: {error.strerror}") from None
+    resume = args.resume_from_checkpoint
+    if resume and resume != "latest" and not is_checkpoint(Path(resume)):
+        raise UserError(
+            f"--resume_from_checkpoint: {resume} is not a finished checkpoint; found: {found_checkpoints(args)}"
+        )
+    if not resume and (checkpoints(args.output_dir) or (Path(args.output_dir) / "metrics.jsonl").exists()):
+        raise UserError(
+            f"--output_dir: {args.output_dir} already holds a run; "
+            "add --resume_from_checkpoint latest to go on with it, or choose another directory"
+        )
+    pretrained = args.pretrained_model_name_or_path is not None
+    args.codebook_init = args.codebook_init or ("keep" if pretrained else "kmeans")
+    args.codebook_norm = args.codebook_norm or ("none" if pretrained else "l2")
+    if args.codebook_restart_steps is None:
+        args.codebook_restart_steps = 0 if pretrained else 100
+    if args.codebook_init == "keep" and not pretrained:
+        raise UserError("--codebook_init keep: needs --pretrained_model_name_or_path")
+
+
+# ---- Data ----------------------------------------------------------------------------------------------------------
+
+
+def permute(i, n, seed):
+    """Place of `i` in a permutation of range(n) keyed by `seed`, in constant time and memory.
+
+    A Feistel network on the next even number of bits, walked until it lands inside (cycle walking: Black and Rogaway
+    2002). Six rounds of a multiply-xorshift hash (splitmix64, Steele et al. 2014).
+    """
+    half = max(1, (n - 1).bit_length() + 1 >> 1)
+    mask, u64 = (1 << half) - 1, (1 << 64) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for r in range(6):
+            h = (right + (seed * 6 + r + 1) * 0x9E3779B97F4A7C15) & u64
+            h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 & u64
+            h = (h ^ h >> 27) * 0x94D049BB133111EB & u64
+            left, right = right, left ^ ((h ^ h >> 31) & mask)
+        i = left << half | right
+        if i < n:
+            return i
+
+
+def to_rgb(image):
+    """Any PIL image to RGB: EXIF orientation applied, 16-bit and float scaled to 8, transparency on white."""
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image, dtype=np.float64)
+        peak = values.max(initial=0)
+        if image.mode == "F":
+            values = values * (255 if peak <= 1 else 1)
+        elif "16" in image.mode or peak > 255:
+            values = values / 257
+        image = PIL.Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_square(image, resolution, rng=None, flip=False):
+    """PIL image to uint8 [3, resolution, resolution]: short side resized (antialiased bicubic), then cropped.
+
+    The crop is the centre without `rng`, else drawn from it; resize and crop are one resampling pass.
+    """
+    image = to_rgb(image)
+    scale = resolution / min(image.size)
+    room = [max(0, round(side * scale) - resolution) for side in image.size]
+    left, top = [rng.randint(0, r) if rng else r / 2 for r in room]
+    box = [left / scale, top / scale, (left + resolution) / scale, (top + resolution) / scale]
+    box = [min(max(0, b), side) for b, side in zip(box, image.size * 2)]
+    image = image.resize((resolution, resolution), PIL.Image.Resampling.BICUBIC, box=box)
+    if flip:
+        image = PIL.ImageOps.mirror(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def open_image(item):
+    """A path, or what a datasets.Image column holds undecoded, to a PIL image."""
+    if isinstance(item, dict):
+        item = io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"]
+    return PIL.Image.open(item)
+
+
+def augment(item, g, args):
+    """Global sample `g` of the stream, uint8 [3, resolution, resolution], the same whichever process loads it."""
+    rng = random.Random((args.seed << 64) + g)
+    with open_image(item) as image:
+        return to_square(
+            image, args.resolution, None if args.center_crop else rng, args.random_flip and rng.random() < 0.5
+        )
+
+
+class SampleStream(Dataset):
+    """The endless stream of training images: sample g is item permutation(seed, epoch)[g % N], epoch = g // N.
+
+    Indexed by the global sample number, so any process, any worker and any resumed run finds the same pixels there.
+    """
+
+    def __init__(self, items, args):
+        self.items, self.args = items, args
+
+    def index(self, g):
+        epoch, i = divmod(g, len(self.items))
+        return permute(i, len(self.items), self.args.seed + 1_000_003 * epoch)
+
+    def __getitem__(self, g):
+        """uint8 [3, resolution, resolution]. An unreadable image is reported and its neighbour taken."""
+        index = self.index(g)
+        for attempt in range(10):
+            item = self.items[(index + attempt) % len(self.items)]
+            try:
+                return augment(item, g, self.args)
+            except UNREADABLE as error:
+                name = item["path"] if isinstance(item, dict) else item
+                logger.warning(f"Skipped an unreadable training image: {name}: {first_line(error)}")
+        raise UserError(f"ten training images in a row cannot be read; the last one: {name}")
+
+
+class RemoteStream(IterableDataset):
+    """--streaming: the shuffled stream again and again; process `rank` of `world` takes every world-th sample.
+
+    Resuming reads past what was seen, undecoded: a position in a remote stream cannot be jumped to.
+    """
+
+    def __init__(self, dataset, args, start, rank, world):
+        dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+        self.dataset = dataset.shuffle(seed=args.seed, buffer_size=1000)
+        self.args, self.start, self.rank, self.world = args, start, rank, world
+
+    def samples(self):
+        g = 0
+        for epoch in itertools.count():
+            self.dataset.set_epoch(epoch)
+            for example in self.dataset:
+                if g >= self.start and (g - self.start) % self.world == self.rank:
+                    yield example[self.args.image_column], g, self.args
+                g += 1
+
+    def __iter__(self):
+        samples = self.samples()
+        with ThreadPool(4) as pool:  # Pillow decodes outside the interpreter lock
+            while True:
+                yield torch.stack(pool.starmap(augment, itertools.islice(samples, self.args.train_batch_size)))
+
+
+def list_images(folder):
+    """All image files below `folder`, links followed, sorted."""
+    found = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def load_items(args):
+    """The training images: something with len() and [i] for `open_image`, or an iterable data set (--streaming)."""
+    if not args.dataset_name:
+        folder = args.train_data_dir or REPOSITORY / "images" / "train"
+        items = list_images(folder)
+        if not items:
+            raise UserError(f"--train_data_dir: no images in {folder} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    else:
+        dataset, column = load_train_split(args), args.image_column
+        features = dataset.features or {}
+        if features and column not in features:
+            raise UserError(
+                f"--image_column: no column '{column}' in {args.dataset_name}; it has: {', '.join(features)}"
+            )
+        if features and not isinstance(features[column], datasets.Image):
+            images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+            raise UserError(
+                f"--image_column: column '{column}' of {args.dataset_name} holds {features[column]}, not images; "
+                f"columns with images: {', '.join(images) or 'none'}"
+            )
+        if args.streaming:
+            return dataset
+        if not len(dataset):
+            raise UserError(f"--dataset_name: {args.dataset_name} has no images in its train split")
+        items = dataset.cast_column(column, datasets.Image(decode=False))
+    if args.max_train_samples and args.max_train_samples < len(items):
+        kept = [permute(i, len(items), args.seed) for i in range(args.max_train_samples)]
+        items = items.select(kept) if args.dataset_name else [items[i] for i in kept]
+    return items[column] if args.dataset_name else items
+
+
+def load_train_split(args):
+    """The train split of --dataset_name: saved by `save_to_disk`, a directory, or on the Hub."""
+    name, path = args.dataset_name, Path(args.dataset_name)
+    try:
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            dataset = datasets.load_from_disk(name)
+            if isinstance(dataset, datasets.DatasetDict):
+                if "train" not in dataset:
+                    raise UserError(f"--dataset_name: {name} has no train split; it has: {', '.join(dataset)}")
+                dataset = dataset["train"]
+            return dataset.to_iterable_dataset() if args.streaming else dataset
+        if not path.exists():
+            logger.info(f"Contacting the Hugging Face Hub for data set {name}")
+        return datasets.load_dataset(
+            name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, streaming=args.streaming
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        reason = first_line(error)
+        if "Unknown split" in reason or "Bad split" in reason:
+            raise UserError(f"--dataset_name: {name} has no train split: {reason}") from None
+        if path.exists():
+            raise UserError(f"--dataset_name: datasets cannot read {name}: {reason}") from None
+        raise UserError(
+            f"--dataset_name: no local directory {name}, and the Hub did not give it ({reason}); "
+            "check the name and the network, or name a local copy"
+        ) from None
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def sample_numbers(start, batch_size, rank, world):
+    """Batches of global sample numbers for one process: every world-th from `start`, for ever."""
+    for first in itertools.count(start + rank, batch_size * world):
+        yield list(range(first, first + batch_size * world, world))
+
+
+def training_batches(items, args, start, accelerator):
+    """Endless uint8 micro-batches [train_batch_size, 3, resolution, resolution] of this process, from sample `start`."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    workers = args.dataloader_num_workers
+    if workers is None:
+        workers = min(8, max(1, cores() // local_processes()))
+    options = {"num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
+    if args.streaming:  # one worker: each further one would read the whole stream again
+        stream = RemoteStream(items, args, start, rank, world)
+        return iter(DataLoader(stream, batch_size=None, **(options | {"num_workers": min(1, workers)})))
+    numbers = sample_numbers(start, args.train_batch_size, rank, world)
+    return iter(DataLoader(SampleStream(items, args), batch_sampler=numbers, **options))
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def local_processes():
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def to_signed(images, device):
+    """uint8 [0, 255] to the default float type in [-1, 1], on the device."""
+    return images.to(device, non_blocking=True).to(torch.get_default_dtype()) / 127.5 - 1
+
+
+def to_uint8(x):
+    """[-1, 1] to uint8 [0, 255], rounded as VaeImageProcessor does."""
+    return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+# ---- Objectives ----------------------------------------------------------------------------------------------------
+
+
+def at_least_fp32(x):
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class Codes(NamedTuple):
+    """What the quantiser saw and chose for one micro-batch."""
+
+    z: torch.Tensor  # latents, [tokens, vq_embed_dim], fp32
+    e: torch.Tensor  # the code vectors nearest to them, same shape
+    indices: torch.Tensor  # and their rows in the codebook, [tokens]
+
+
+@torch.no_grad()
+def nearest_codes(z, codes, buffer_bytes=64 << 20):
+    """argmin_k |z - e_k|^2 = argmin_k |e_k|^2 / 2 - z e_k for z [tokens, dim], codes [codes, dim] -> [tokens].
+
+    In chunks: the distances of all tokens to all codes can be larger than everything else together.
+    """
+    half_squares = codes.square().sum(1) / 2
+    rows = max(1, buffer_bytes // (len(codes) * z.element_size()))
+    return torch.cat([torch.addmm(half_squares, part, codes.T, alpha=-1).argmin(1) for part in z.split(rows)])
+
+
+class Quantizer(VectorQuantizer):
+    """diffusers' VectorQuantizer for training: same parameter, same images, another codebook loss and search.
+
+    diffusers puts beta on the wrong term (legacy=True), keeps the distances of all tokens to all codes at once, and
+    returns no usable indices. Here the search runs in fp32, under no_grad, in chunks; the second result of `forward`,
+    which VQModel hands through as its commitment loss, is `Codes`, so that the loss is written where it is used.
+
+    With norm "l2" the codes are the rows of `embedding.weight` scaled to unit length (Yu et al. 2021,
+    https://arxiv.org/abs/2110.04627). Latents are not scaled: among codes of equal length the Euclidean nearest is the
+    one of largest cosine, so a plain VQModel holding the scaled rows chooses the same codes.
+    """
+
+    def __init__(self, size, dim, norm):
+        super().__init__(size, dim, beta=0.25, legacy=False)
+        self.norm = norm
+
+    def codebook(self):
+        """Code vectors as a plain VQModel would hold them, [codes, dim]."""
+        weight = self.embedding.weight
+        return F.normalize(weight, dim=1) if self.norm == "l2" else weight
+
+    def forward(self, z):
+        """z: [batch, dim, height, width] -> straight-through codes of that shape, Codes, (None, None, indices)."""
+        batch, dim, height, width = z.shape
+        with torch.autocast(z.device.type, enabled=False):
+            z = at_least_fp32(z).permute(0, 2, 3, 1).reshape(-1, dim)
+            indices = nearest_codes(z, self.codebook())
+            e = self.embedding(indices)
+            if self.norm == "l2":
+                e = F.normalize(e, dim=1)
+            z_q = (z + (e - z).detach()).reshape(batch, height, width, dim).permute(0, 3, 1, 2).contiguous()
+        return z_q, Codes(z, e, indices), (None, None, indices)
+
+
+def kmeans(points, k, iterations, norm, generator):
+    """Lloyd's algorithm on points [n, dim] -> centres [k, dim]; on the unit sphere with norm "l2".
+
+    Starts from points drawn without replacement, and noisy copies where there are fewer than k; an empty cluster keeps
+    its centre.
+    """
+    onto = (lambda p: F.normalize(p, dim=1)) if norm == "l2" else (lambda p: p)
+    points = onto(points)
+    order = torch.randperm(len(points), generator=generator).repeat(-(-k // len(points)))[:k]
+    noise = torch.randn(k, points.shape[1], generator=generator).to(points) * points.std() * 0.01
+    centres = onto(points[order.to(points.device)] + noise * (k > len(points)))
+    for _ in range(iterations):
+        nearest = nearest_codes(points, centres)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        counts = torch.bincount(nearest, minlength=k).unsqueeze(1)
+        centres = onto(torch.where(counts > 0, sums / counts.clamp(min=1), centres))
+    return centres
+
+
+class PerceptualLoss(nn.Module):
+    """P(x, x_hat) = mean_l mean_hw sum_c (phi_l(x) / |phi_l(x)| - phi_l(x_hat) / |phi_l(x_hat)|)^2
+
+    phi_l: stage l of a frozen timm backbone. For vgg16 each channel has LPIPS's calibrated weight and layers are
+    summed: then P is LPIPS itself (Zhang et al. 2018, https://arxiv.org/abs/1801.03924, version 0.1, heads from
+    torchmetrics). Images are [batch, 3, height, width] in [-1, 1]; they enter the backbone at their own resolution
+    unless it only takes one, then resized, antialiased. Returns a scalar.
+
+    Raises UserError for an unknown model, layer or weights.
+    """
+
+    def __init__(self, name, layers=None, weights="hub", resolution=256, cache_dir=None):
+        super().__init__()
+        if "hub:" not in name and not timm.is_model(name):
+            close = difflib.get_close_matches(name, timm.list_models(), 3, 0.4)
+            raise UserError(f"--timm_model_backend: timm has no model '{name}'" + did_you_mean(close))
+        try:
+            extractor = timm.create_model(name, pretrained=False, features_only=True)
+        except Exception as error:
+            raise UserError(f"--timm_model_backend: {name} gives no feature maps ({first_line(error)})") from None
+        modules = [stage["module"] for stage in extractor.feature_info.info]
+        chosen = self.resolve_layers(name, layers, modules, extractor)
+        self.layers = [modules[i] for i in chosen]
+        self.backbone = load_backbone(name, weights, chosen, cache_dir).eval().requires_grad_(False)
+        last = re.fullmatch(r"blocks\.(\d+)", self.layers[-1])
+        if last and isinstance(getattr(self.backbone, "blocks", None), nn.Sequential):
+            self.backbone.blocks = self.backbone.blocks[: int(last[1]) + 1]  # timm runs all blocks of an EfficientNet
+        self.nhwc = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
+        config = self.backbone.pretrained_cfg
+        self.size = config["input_size"][-2:] if config.get("fixed_input_size") else None
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.heads = lpips_heads(self.layers) if name.split(".")[0] == "vgg16" else None
+        try:
+            with torch.no_grad():
+                self.features(torch.zeros(1, 3, resolution, resolution))
+        except Exception as error:
+            raise UserError(
+                f"--timm_model_backend: {name} fails at {resolution} pixels ({first_line(error)})"
+            ) from None
+
+    @staticmethod
+    def resolve_layers(name, layers, modules, extractor):
+        """--timm_model_layers to indices into `modules`, in ascending order."""
+        if not layers:  # timm counts the last max-pool of a VGG as a stage
+            pooling = [m for m in modules if isinstance(getattr(extractor, m.replace(".", "_"), None), nn.MaxPool2d)]
+            return [i for i in extractor.feature_info.out_indices if modules[i] not in pooling]
+        chosen = set()
+        for layer in re.split(r"[|,\s]+", layers.strip()):
+            if layer not in modules and not (layer.isdigit() and int(layer) < len(modules)):
+                listed = ", ".join(f"{i}: {module}" for i, module in enumerate(modules))
+                raise UserError(f"--timm_model_layers: {name} has no layer '{layer}'; it has {listed}")
+            chosen.add(modules.index(layer) if layer in modules else int(layer))
+        return sorted(chosen)
+
+    def features(self, x):
+        """Unit-normalised features [batch, channels, height, width] of each layer, fp32."""
+        x = x / 2 + 0.5
+        if self.size and tuple(x.shape[-2:]) != tuple(self.size):
+            x = F.interpolate(x, self.size, mode="bicubic", antialias=True)
+        maps = [at_least_fp32(f) for f in self.backbone((x - self.mean) / self.std)]
+        maps = [f.permute(0, 3, 1, 2) for f in maps] if self.nhwc else maps
+        # epsilon inside the root: its gradient is infinite where all channels are zero
+        return [f / (f.square().sum(1, keepdim=True) + 1e-10).sqrt() for f in maps]
+
+    def forward(self, x, x_hat):
+        with torch.no_grad():
+            targets = self.features(x)
+        squares = [(t - f).square() for t, f in zip(targets, self.features(x_hat))]
+        if self.heads is not None:
+            return sum((w.to(s) * s).sum(1).mean() for w, s in zip(self.heads, squares))
+        return sum(s.sum(1).mean() for s in squares) / len(squares)
+
+
+def lpips_heads(layers):
+    """LPIPS's channel weights [1, channels, 1, 1] of these layers of timm's vgg16."""
+    path = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
+    heads = torch.load(path, map_location="cpu", weights_only=True)
+    taps = ["features.3", "features.8", "features.15", "features.22", "features.29"]
+    if not set(layers) <= set(taps):
+        raise UserError(f"--timm_model_layers: LPIPS's weights for vgg16 are for {', '.join(taps)} only")
+    return [heads[f"lin{taps.index(layer)}.model.1.weight"] for layer in layers]
+
+
+def load_backbone(name, weights, out_indices, cache_dir=None):
+    """A timm feature extractor with weights from the Hub, a file or an installed package, or random ones."""
+    options = {"features_only": True, "out_indices": out_indices, "cache_dir": cache_dir}
+    if weights == "random":
+        return timm.create_model(name, pretrained=False, **options)
+    try:
+        if weights == "hub":
+            logger.info(f"Fetching the weights of {name} from the Hugging Face Hub, unless they are cached")
+            return timm.create_model(name, pretrained=True, **options)
+        state = read_weights(weights, timm.create_model(name, pretrained=False).state_dict())
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"--timm_model_weights: no weights of {name} from '{weights}' ({first_line(error)}); "
+            "name a local file, an installed package that ships them, or random"
+        ) from None
+
+
+def read_weights(source, expected):
+    """Tensors of a local file or of the one weight file of an installed package, under timm's names.
+
+    Packages may name them otherwise: then the same number of tensors with the same shapes in the same order will do.
+    """
+    files = [Path(source)] if Path(source).is_file() else []
+    if not files and re.fullmatch(r"[\w.-]+", source):
+        spec = importlib.util.find_spec(source.replace("-", "_").split(".")[0])
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            files += [f for f in sorted(Path(folder).rglob("*")) if f.suffix in (".safetensors", ".pth", ".pt", ".bin")]
+    if len(files) != 1:
+        found = f"a package with {len(files)} weight files" if files else "neither a file nor an installed package"
+        raise UserError(f"--timm_model_weights: '{source}' is {found}")
+    if files[0].suffix == ".safetensors":
+        state = safetensors.torch.load_file(files[0])
+    else:
+        state = torch.load(files[0], map_location="cpu", weights_only=True)
+    if set(state) != set(expected):
+        if [v.shape for v in state.values()] != [v.shape for v in expected.values()]:
+            raise UserError(f"--timm_model_weights: the tensors in {files[0].name} are not those of this backbone")
+        state = dict(zip(expected, state.values()))
+    return state
+
+
+def did_you_mean(close):
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def generator_loss(x, x_hat, codes, perceptual, discriminator, args, adversarial_weight):
+    """L_G and its terms. x, x_hat: [batch, 3, height, width] in [-1, 1]; the discriminator is frozen by the caller."""
+    pixel = F.l1_loss if args.vae_loss == "l1" else F.mse_loss
+    terms = {
+        "pixel": (args.pixel_weight, pixel(x_hat, x)),
+        "perceptual": (args.perceptual_weight, perceptual(x, x_hat) if perceptual else x_hat.new_zeros(())),
+        "codebook": (args.codebook_weight, F.mse_loss(codes.e, codes.z.detach())),
+        "commitment": (args.commitment_weight, F.mse_loss(codes.z, codes.e.detach())),
+    }
+    if adversarial_weight > 0:
+        terms["adversarial"] = (adversarial_weight, -discriminator(x_hat).mean())
+    return sum(weight * term for weight, term in terms.values()), terms
+
+
+def discriminator_loss(x, x_hat, discriminator):
+    """L_D = E[max(0, 1 - D(x))] + E[max(0, 1 + D(x_hat))] (Lim and Ye 2017), and what the discriminator said."""
+    real, fake = discriminator(torch.cat([x, x_hat])).chunk(2)
+    loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+    return loss, {"disc/loss": loss, "disc/real": real.mean(), "disc/fake": fake.mean(), "disc/accuracy": accuracy}
+
+
+def gradient_shares(terms, x_hat):
+    """Share of each term in the gradient at x_hat, by norm: which one steers the decoder."""
+    norms = {}
+    for name, (weight, term) in terms.items():
+        if term.requires_grad and weight > 0:
+            gradient = torch.autograd.grad(term, x_hat, retain_graph=True, allow_unused=True)[0]
+            if gradient is not None:
+                norms[name] = weight * gradient.norm().item()
+    return {name: norm / (sum(norms.values()) or 1) for name, norm in norms.items()}
+
+
+# ---- Building ------------------------------------------------------------------------------------------------------
+
+
+def read_config(flag, source, network, revision=None, cache_dir=None):
+    """Config of a `network` class from a JSON file, a directory or the Hub; UserError for bad JSON and unknown keys."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise UserError(f"--{flag}: no config.json in {source}")
+    if path.is_file():
+        text = path.read_text(encoding="utf-8-sig")
+        try:
+            config = json.loads(text)
+        except json.JSONDecodeError as error:
+            before = text[: error.pos + 1].rstrip("]} \t\r\n")
+            if before.endswith(",") and text[len(before) :].lstrip()[:1] in ("]", "}"):
+                line, column = before.count("\n") + 1, len(before) - (before.rfind("\n") + 1)
+                raise UserError(
+                    f"--{flag}: {path}, line {line}, column {column}: trailing comma; JSON has none after the last item"
+                ) from None
+            raise UserError(f"--{flag}: {path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
+    else:
+        logger.info(f"Contacting the Hugging Face Hub for the config of {source}")
+        try:
+            config = network.load_config(source, revision=revision, cache_dir=cache_dir)
+        except Exception as error:
+            raise UserError(
+                f"--{flag}: no local file or directory {source}, and the Hub did not give it ({first_line(error)})"
+            ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"--{flag}: {path} holds no JSON object")
+    known = [name for name in inspect.signature(network.__init__).parameters if name != "self"]
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    for key in config:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1, 0.5) or known
+            raise UserError(f"--{flag}: {source}: {network.__name__} has no '{key}'" + did_you_mean(close))
+    return config
+
+
+def check_vqmodel_config(flag, config, resolution):
+    """UserError for a VQModel config that diffusers cannot build, or that cannot train at this resolution."""
+
+    def fail(message):
+        raise UserError(f"--{flag}: {message}")
+
+    defaults = {k: p.default for k, p in inspect.signature(VQModel.__init__).parameters.items()}
+    config = {k: v for k, v in (defaults | config).items() if k != "self"}
+    widths = config["block_out_channels"]
+    for key in ("block_out_channels", "down_block_types", "up_block_types"):
+        if not isinstance(config[key], (list, tuple)) or len(config[key]) != len(widths) or not widths:
+            lengths = {k: len(config[k]) for k in ("block_out_channels", "down_block_types", "up_block_types")}
+            fail(f"these lists need the same length: {', '.join(f'{k} {n}' for k, n in lengths.items())}")
+    integers = ["layers_per_block", "latent_channels", "num_vq_embeddings", "norm_num_groups"]
+    for key, value in [(k, config[k]) for k in integers] + [("block_out_channels", w) for w in widths]:
+        if not isinstance(value, int) or value < 1:
+            fail(f"{key} must be a whole number of at least 1, not {value!r}")
+    for key, kinds in (
+        ("down_block_types", ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")),
+        ("up_block_types", ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")),
+        ("norm_type", ("group", "spatial")),
+    ):
+        for value in [config[key]] if isinstance(config[key], str) else config[key]:
+            if value not in kinds:
+                fail(f"{key}: '{value}' is not one of {', '.join(kinds)}")
+    if config["in_channels"] != 3 or config["out_channels"] != 3:
+        fail("in_channels and out_channels must be 3: training images are RGB")
+    groups = math.lcm(config["norm_num_groups"], 32 if config["norm_type"] == "spatial" else 1)
+    for width in widths:
+        if width % groups:
+            why = " (norm_type spatial has 32 groups)" if groups != config["norm_num_groups"] else ""
+            fail(f"block_out_channels: {width} is not divisible by norm_num_groups {groups}{why}")
+    dim = config["vq_embed_dim"] or config["latent_channels"]
+    if config["norm_type"] == "spatial" and dim != config["latent_channels"]:
+        fail(f"norm_type spatial needs latent_channels ({config['latent_channels']}) equal to vq_embed_dim ({dim})")
+    factor = 2 ** (len(widths) - 1)
+    if resolution % factor:
+        nearest = max(factor, round(resolution / factor) * factor)
+        raise UserError(
+            f"--resolution: {resolution} is not divisible by the model's downsampling, {factor}; "
+            f"{nearest} is the nearest that is"
+        )
+    if config["num_vq_embeddings"] > 16384:
+        logger.warning(
+            f"num_vq_embeddings {config['num_vq_embeddings']}: beyond about 16384 codes reconstructions of plain vector "
+            "quantisation improve little or get worse (Yu et al. 2023, https://arxiv.org/abs/2310.05737); "
+            "watch codebook/used"
+        )
+
+
+def build_generator(args):
+    """The VQModel to train, its quantiser swapped for ours."""
+    if args.pretrained_model_name_or_path:
+        flag, path = "pretrained_model_name_or_path", Path(args.pretrained_model_name_or_path)
+        source = path / "vqmodel" if (path / "vqmodel").is_dir() else path
+        config = read_config(flag, str(source), VQModel, args.revision, args.cache_dir)
+        check_vqmodel_config(flag, config, args.resolution)
+        try:
+            dtype = torch.get_default_dtype()
+            model = VQModel.from_pretrained(
+                str(source), revision=args.revision, cache_dir=args.cache_dir, torch_dtype=dtype
+            )
+        except Exception as error:
+            raise UserError(f"--{flag}: cannot load {source}: {first_line(error)}") from None
+    else:
+        flag, config = "model_config_name_or_path", DEFAULT_VQMODEL
+        if args.model_config_name_or_path:
+            config = read_config(flag, args.model_config_name_or_path, VQModel, args.revision, args.cache_dir)
+        check_vqmodel_config(flag, config, args.resolution)
+        try:
+            model = VQModel.from_config(config)
+        except Exception as error:
+            raise UserError(f"--{flag}: diffusers cannot build this model: {first_line(error)}") from None
+    quantizer = Quantizer(model.quantize.n_e, model.quantize.vq_embed_dim, args.codebook_norm)
+    quantizer.load_state_dict(model.quantize.state_dict())
+    model.quantize = quantizer
+    if args.codebook_init == "sphere":
+        nn.init.normal_(quantizer.embedding.weight)
+        quantizer.embedding.weight.data = F.normalize(quantizer.embedding.weight.data, dim=1)
+    if args.gradient_checkpointing:
+        model._supports_gradient_checkpointing = True  # VQModel does not declare it; its encoder and decoder have it
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def build_discriminator(args):
+    flag, config = "discriminator_config_name_or_path", {}
+    if args.discriminator_config_name_or_path:
+        config = read_config(flag, args.discriminator_config_name_or_path, Discriminator, None, args.cache_dir)
+    try:
+        discriminator = Discriminator.from_config(config)
+    except Exception as error:
+        raise UserError(f"--{flag}: {first_line(error)}") from None
+    if discriminator.config.in_channels != 3:
+        raise UserError(f"--{flag}: in_channels must be 3: training images are RGB")
+    if args.adversarial_weight > 0 and args.resolution < discriminator.min_resolution:
+        raise UserError(
+            f"--resolution: {args.resolution} is too small for the discriminator, which needs "
+            f"{discriminator.min_resolution}; lower its depth with --{flag}"
+        )
+    return discriminator.train()
+
+
+def build_optimizer(network, learning_rate, args):
+    """AdamW; no weight decay on the codebook, norms and biases: it would only shrink what sets a scale."""
+    decayed, rest = [], []
+    for name, parameter in network.named_parameters():
+        (decayed if parameter.ndim > 1 and "quantize.embedding" not in name else rest).append(parameter)
+    groups = [{"params": decayed, "weight_decay": args.adam_weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    options = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def build_schedule(name, warmup_steps, total_steps):
+    """Learning rate multiplier as a function of the number of steps taken: no state to save or to get out of step."""
+    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(name, stand_in, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+    return schedule.lr_lambdas[0]
+
+
+class TrainingState:
+    """The two players and everything else that moves during training: what a checkpoint holds."""
+
+    def __init__(self, generator, discriminator, args, device):
+        self.generator, self.discriminator = generator.to(device), discriminator.to(device)  # unwrapped
+        self.quantizer = generator.quantize
+        self.optimizers = {
+            "generator": build_optimizer(generator, args.learning_rate, args),
+            "discriminator": build_optimizer(discriminator, args.discr_learning_rate, args),
+        }
+        self.ema = None
+        self.step = 0  # pairs of updates taken
+        self.samples_seen = 0  # position in the sample stream, over all processes
+        self.samples_logged = 0  # where the last log stood
+        self.tracker_run = uuid.uuid4().hex[:8]
+        self.averages = Averages()
+        codes = self.quantizer.n_e
+        self.log_counts = torch.zeros(codes, dtype=torch.long, device=device)  # since the last log, this process
+        self.restart_counts = torch.zeros(codes, dtype=torch.long, device=device)  # since the last restart
+        self.restart_tokens = 0  # tokens counted there, all processes
+
+    def start_ema(self, decay):
+        self.ema = EMAModel(self.generator.parameters(), decay=decay, foreach=True)
+
+
+class Averages:
+    """Means of scalars since the last `read`, summed on the device: reading is the only host sync."""
+
+    def __init__(self):
+        self.sums = {}  # tuple of names -> [sum of each..., number of summands]
+
+    def add(self, metrics):
+        names = tuple(metrics)
+        values = torch.stack([v.detach().to(torch.get_default_dtype()) for v in metrics.values()])
+        row = torch.cat([values.nan_to_num(0, 0, 0), values.new_ones(1)]) * values.isfinite().all()
+        self.sums[names] = self.sums[names] + row if names in self.sums else row
+
+    def read(self, accelerator):
+        """(all processes) Means over micro-batches, steps and processes; empties the sums."""
+        totals, counts = {}, {}
+        for names, row in self.sums.items():
+            *sums, n = accelerator.reduce(row, "sum").tolist()
+            for name, total in zip(names, sums):
+                totals[name], counts[name] = totals.get(name, 0) + total, counts.get(name, 0) + n
+        self.sums = {}
+        return {name: totals[name] / counts[name] for name in totals if counts[name]}
+
+
+# ---- One step ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def frozen(network):
+    """Inside, `network` judges but collects no gradients."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
+
+
+def adversarial_weight(step, args):
+    """lambda at this step: 0 before --discriminator_start, then a linear ramp to --adversarial_weight."""
+    ramp = (step + 1 - args.discriminator_start) / max(1, args.discriminator_warmup)
+    return args.adversarial_weight * min(1.0, max(0.0, ramp))
+
+
+def synced(accelerator, network, last):
+    """Gradients travel between processes with the last micro-batch only."""
+    return nullcontext() if last else accelerator.no_sync(network)
+
+
+def reconstruct(generator, x, args):
+    """x [batch, 3, height, width] in [-1, 1] -> x_hat of that shape and range, Codes; the only call of the generator."""
+    if args.pixel_range == "signed":
+        return generator(x, return_dict=False)
+    x_hat, codes = generator(x / 2 + 0.5, return_dict=False)
+    return x_hat * 2 - 1, codes
+
+
+def clip_and_step(accelerator, network, optimizer, loss, max_norm):
+    """Clip, update, clear. Returns the gradient norm before clipping, and whether the update took place.
+
+    A non-finite loss or gradient on any process skips the update on all of them, decided on the device: the fused
+    optimiser reads the flag there (fp16's scaler does the same by itself).
+    """
+    norm = accelerator.clip_grad_norm_(network.parameters(), max_norm or math.inf)
+    finite = accelerator.reduce((loss.isfinite() & norm.isfinite()).float(), "sum") == accelerator.num_processes
+    fused = optimizer.optimizer.defaults.get("fused")
+    if fused and accelerator.scaler is None:
+        optimizer.optimizer.found_inf = (~finite).float()
+    if fused or accelerator.scaler is not None or finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm, finite
+
+
+def generator_step(accelerator, generator, state, perceptual, micro_batches, weight, args):
+    """Update the generator on L_G averaged over the micro-batches [batch, 3, height, width].
+
+    Returns the pairs (x, x_hat) for the discriminator and the last micro-batch's Codes.
+    """
+    kept, total = [], 0.0
+    indices = []
+    for i, x in enumerate(micro_batches):
+        with synced(accelerator, generator, last=i == len(micro_batches) - 1):
+            x_hat, codes = reconstruct(generator, x, args)
+            with frozen(state.discriminator):
+                loss, terms = generator_loss(x, x_hat, codes, perceptual, state.discriminator, args, weight)
+            if state.step == 0 and i == 0:
+                report_gradient_shares(accelerator, gradient_shares(terms, x_hat))
+            accelerator.backward(loss / len(micro_batches))
+        kept.append((x, x_hat.detach()))
+        indices.append(codes.indices)
+        total = total + loss.detach()
+        state.averages.add({f"loss/{name}": term for name, (_, term) in terms.items()} | {"loss/total": loss})
+    norm, finite = clip_and_step(accelerator, generator, state.optimizers["generator"], total, args.max_grad_norm)
+    if state.ema:
+        state.ema.step(state.generator.parameters())
+    counts = torch.bincount(torch.cat(indices), minlength=state.quantizer.n_e) * finite
+    state.log_counts += counts
+    state.restart_counts += counts
+    state.restart_tokens += sum(map(len, indices)) * accelerator.num_processes
+    state.averages.add({"opt/grad_norm": norm})
+    state.averages.add({"opt/skipped": (~finite).float()})
+    return kept, codes
+
+
+def discriminator_step(accelerator, discriminator, state, kept, args):
+    """Update the discriminator on L_D averaged over the same micro-batches."""
+    total = 0.0
+    for i, (x, x_hat) in enumerate(kept):
+        with synced(accelerator, discriminator, last=i == len(kept) - 1):
+            loss, metrics = discriminator_loss(x, x_hat, discriminator)
+            accelerator.backward(loss / len(kept))
+        total = total + loss.detach()
+        state.averages.add(metrics)
+    optimizer = state.optimizers["discriminator"]
+    norm, finite = clip_and_step(accelerator, discriminator, optimizer, total, args.max_grad_norm)
+    state.averages.add({"opt/discriminator_grad_norm": norm})
+    state.averages.add({"opt/discriminator_skipped": (~finite).float()})
+
+
+@torch.no_grad()
+def initialise_codebook(accelerator, state, items, args):
+    """(all processes) k-means over latents of the first images of the stream; the same on every process."""
+    quantizer = state.quantizer
+    wanted, found, latents = 2 * quantizer.n_e, 0, []
+    batches = training_batches(items, args, 0, accelerator)
+    for _ in range(64):
+        x = to_signed(next(batches), accelerator.device)
+        z = state.generator.encode(x if args.pixel_range == "signed" else x / 2 + 0.5).latents
+        z = accelerator.gather(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]))
+        latents, found = [*latents, z], found + len(z)
+        if found >= wanted:
+            break
+    sampler = torch.Generator().manual_seed(args.seed)
+    iterations = 10 if quantizer.n_e <= 4096 else 3
+    codes = kmeans(torch.cat(latents)[: max(wanted, 1 << 16)], quantizer.n_e, iterations, quantizer.norm, sampler)
+    quantizer.embedding.weight.copy_(accelerate.utils.broadcast(codes))
+
+
+@torch.no_grad()
+def restart_dead_codes(accelerator, state, z):
+    """(all processes) Move codes chosen less than 3 % as often as under uniform use to latents z [tokens, dim].
+
+    The optimiser's and the EMA's rows move along. Every process draws the same from the gathered latents.
+    """
+    weight = state.quantizer.embedding.weight
+    if state.restart_tokens < 8 * len(weight):  # too few to tell a dead code from an unlucky one
+        return
+    counts = accelerator.reduce(state.restart_counts, "sum")
+    dead = (counts < 0.03 * counts.sum() / len(counts)).unsqueeze(1)
+    pool = accelerator.gather(z.detach()[: (1 << 16) // accelerator.num_processes].contiguous())
+    pool = F.normalize(pool, dim=1) if state.quantizer.norm == "l2" else pool
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(state.step)).to(pool.device)
+    fresh = pool[order[(dead.squeeze(1).cumsum(0) - 1) % len(pool)]].to(weight.dtype)
+    weight.copy_(torch.where(dead, fresh, weight))
+    moments = state.optimizers["generator"].optimizer.state.get(weight, {})
+    for moment in moments.values():
+        if torch.is_tensor(moment) and moment.shape == weight.shape and moment.is_floating_point():
+            moment.masked_fill_(dead, 0)
+    if state.ema:
+        shadow = next(s for s, p in zip(state.ema.shadow_params, state.generator.parameters()) if p is weight)
+        shadow.copy_(torch.where(dead, fresh, shadow))
+    state.averages.add({"codebook/restarted": dead.sum()})
+    state.restart_counts.zero_()
+    state.restart_tokens = 0
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def is_checkpoint(path):
+    """A finished checkpoint: it got its name by the last rename, so the name is enough, and the marker file."""
+    return re.fullmatch(r"checkpoint-\d+", path.name) is not None and (path / "progress.json").is_file()
+
+
+def checkpoints(output_dir):
+    """Finished checkpoints in `output_dir`, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if is_checkpoint(path)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def found_checkpoints(args):
+    return ", ".join(str(path) for path in checkpoints(args.output_dir)) or f"none in {args.output_dir}"
+
+
+def checkpoint_to_resume(args):
+    """Path or None: `latest` on a directory without checkpoints is a fresh start."""
+    if args.resume_from_checkpoint == "latest":
+        return next(reversed(checkpoints(args.output_dir)), None)
+    return Path(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+
+
+def what_is_trained(args, generator, items):
+    """What must be the same when a run is resumed."""
+    config = {k: v for k, v in generator.config.items() if not k.startswith("_") and k != "scaling_factor"}
+    flags = ["seed", "resolution", "pixel_range", "center_crop", "random_flip", "codebook_norm"]
+    flags += ["dataset_name", "dataset_config_name", "train_data_dir", "image_column", "max_train_samples", "streaming"]
+    trained = {f"--{flag}": getattr(args, flag) for flag in flags}
+    trained["number of training images"] = None if args.streaming else len(items)
+    return json.loads(json.dumps(trained | {f"model config {k}": v for k, v in config.items()}))
+
+
+def save_checkpoint(accelerator, state, args, trained):
+    """(all processes) Everything that moves, into output_dir/checkpoint-N.
+
+    Written to a temporary sibling, synced to disk, then renamed: a directory of that name is always whole. Older ones
+    are pruned only afterwards.
+    """
+    final = Path(args.output_dir) / f"checkpoint-{state.step}"
+    temporary = final.with_name(f"unfinished-{final.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    accelerator.wait_for_everyone()
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, temporary / f"random-{accelerator.process_index}.pt")
+    sums = {"|".join(names): accelerator.reduce(row, "sum") for names, row in state.averages.sums.items()}
+    counts = {name: accelerator.reduce(getattr(state, name), "sum") for name in ("log_counts", "restart_counts")}
+    if accelerator.is_main_process:
+        save_weights(state.generator, temporary / "generator.safetensors")
+        save_weights(state.discriminator, temporary / "discriminator.safetensors")
+        ema = state.ema.state_dict() if state.ema else {}
+        if ema:
+            names = [name for name, _ in state.generator.named_parameters()]
+            safetensors.torch.save_file(dict(zip(names, ema.pop("shadow_params"))), temporary / "ema.safetensors")
+        optimizers = {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()}
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+        moving = {"optimizers": optimizers, "scaler": scaler, "ema": ema, "averages": sums, **counts}
+        torch.save(moving, temporary / "training.pt")
+        progress = {"step": state.step, "samples_seen": state.samples_seen, "restart_tokens": state.restart_tokens}
+        progress |= {"seed": args.seed, "tracker_run": state.tracker_run, "processes": accelerator.num_processes}
+        progress |= {"versions": versions(), "trained": trained}
+        (temporary / "progress.json").write_text(json.dumps(progress, indent=2))
+        for path in [*temporary.iterdir(), temporary]:
+            sync(path)
+        if final.exists():  # the same step again, after resuming from an earlier one
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync(final.parent)
+        if args.checkpoints_total_limit:
+            for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    logger.info(f"Saved {final}")
+
+
+def save_weights(network, path):
+    safetensors.torch.save_file({k: v.contiguous() for k, v in network.state_dict().items()}, path)
+
+
+def sync(path):
+    """Force a file or directory to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_progress(checkpoint):
+    return json.loads((checkpoint / "progress.json").read_text()) if checkpoint else None
+
+
+def load_checkpoint(accelerator, state, checkpoint, args, trained):
+    """(all processes) The reverse of `save_checkpoint`; UserError where what is trained has changed."""
+    progress = read_progress(checkpoint)
+    for key in progress["trained"].keys() | trained.keys():
+        was, now = progress["trained"].get(key), trained.get(key)
+        if was != now:
+            raise UserError(
+                f"--resume_from_checkpoint: {key} was {was} in {checkpoint} and is {now} now; "
+                "restore it, or start afresh in another --output_dir"
+            )
+    state.generator.load_state_dict(safetensors.torch.load_file(checkpoint / "generator.safetensors"))
+    state.discriminator.load_state_dict(safetensors.torch.load_file(checkpoint / "discriminator.safetensors"))
+    moving = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+    for name, optimizer in state.optimizers.items():
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(moving["optimizers"][name])
+        for group, now in zip(optimizer.param_groups, groups):  # flags of this run, not of the last
+            group.update(now)
+    if accelerator.scaler and moving["scaler"]:
+        accelerator.scaler.load_state_dict(moving["scaler"])
+    if args.use_ema:
+        state.start_ema(args.ema_decay)
+        if moving["ema"]:
+            shadow = safetensors.torch.load_file(checkpoint / "ema.safetensors", device=str(accelerator.device))
+            shadow = [shadow[name] for name, _ in state.generator.named_parameters()]
+            state.ema.load_state_dict(moving["ema"] | {"shadow_params": shadow, "decay": args.ema_decay})
+        else:
+            logger.warning(f"{checkpoint} holds no EMA: it starts from the weights there")
+    state.step, state.samples_seen = progress["step"], progress["samples_seen"]
+    state.samples_logged = state.samples_seen
+    state.tracker_run, state.restart_tokens = progress["tracker_run"], progress["restart_tokens"]
+    share = 1 if accelerator.is_main_process else 0  # sums over processes: the first one carries them on
+    for names, row in moving["averages"].items():
+        state.averages.sums[tuple(names.split("|"))] = row.to(accelerator.device) * share
+    state.log_counts.copy_(moving["log_counts"] * share)
+    state.restart_counts.copy_(moving["restart_counts"] * share)
+    if progress["processes"] == accelerator.num_processes:
+        states = torch.load(
+            checkpoint / f"random-{accelerator.process_index}.pt", map_location="cpu", weights_only=True
+        )
+        torch.set_rng_state(states["cpu"])
+        if states["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    logger.info(f"Resumed from {checkpoint}: step {state.step}, {state.samples_seen} images seen")
+
+
+def versions():
+    modules = {"torch": torch, "diffusers": diffusers, "accelerate": accelerate, "timm": timm, "datasets": datasets}
+    return {"python": sys.version.split()[0]} | {name: module.__version__ for name, module in modules.items()}
+
+
+@contextmanager
+def ema_weights(state):
+    """Inside, the generator holds the EMA's weights, when there is one; nothing is copied."""
+    pairs = list(zip(state.generator.parameters(), state.ema.shadow_params)) if state.ema else []
+
+    def swap():
+        for parameter, shadow in pairs:
+            parameter.data, shadow.data = shadow.data, parameter.data
+
+    swap()
+    try:
+        yield
+    finally:
+        swap()
+
+
+def plain_vqmodel(generator, **config):
+    """A VQModel as diffusers knows it with the generator's weights, codes folded, on the CPU; `config` overrides."""
+    model = VQModel.from_config(dict(generator.config) | config)
+    weights = generator.state_dict() | {"quantize.embedding.weight": generator.quantize.codebook().detach()}
+    model.load_state_dict({name: weight.cpu() for name, weight in weights.items()})
+    return model
+
+
+@torch.no_grad()
+def export(accelerator, state, items, args):
+    """(main process) vqmodel/, discriminator/ and image_processor/ for diffusers, and a model card, in output_dir.
+
+    `scaling_factor` is 1 / the standard deviation of the latents of up to 256 training images, so that a latent
+    diffusion model that multiplies by it sees unit variance.
+    """
+    output = Path(args.output_dir)
+    with ema_weights(state):
+        total = squares = n = 0
+        batches = training_batches(items, args, 0, accelerator)
+        for _ in range(max(1, min(256, 0 if args.streaming else len(items)) // args.train_batch_size)):
+            x = to_signed(next(batches), accelerator.device)
+            z = state.generator.encode(x if args.pixel_range == "signed" else x / 2 + 0.5).latents.double()
+            total, squares, n = total + z.sum().item(), squares + z.square().sum().item(), n + z.numel()
+        deviation = math.sqrt(max(squares / n - (total / n) ** 2, 1e-12))
+        model = plain_vqmodel(state.generator, scaling_factor=round(1 / deviation, 5))
+    model.save_pretrained(output / "vqmodel")
+    state.discriminator.save_pretrained(output / "discriminator")
+    processor = VaeImageProcessor(
+        vae_scale_factor=2 ** (len(model.config.block_out_channels) - 1), do_normalize=args.pixel_range == "signed"
+    )
+    processor.save_config(output / "image_processor")
+    (output / "README.md").write_text(model_card(state, model, args))
+    logger.info(f"Exported {output / 'vqmodel'}; scaling_factor {model.config.scaling_factor}")
+
+
+def model_card(state, model, args):
+    """README.md for the Hub: how to load it, what it is, how it was trained."""
+    flags = "\n".join(f"{name}: {value}" for name, value in public_config(args).items() if value not in (None, ""))
+    last = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()[-1:]
+    return f"""---
+library_name: diffusers
+tags: [vqgan, image-tokenizer]
+---
+# VQGAN image tokenizer
+
+{model.config.num_vq_embeddings} codes of dimension {model.quantize.vq_embed_dim}, one per \
+{2 ** (len(model.config.block_out_channels) - 1)}x{2 ** (len(model.config.block_out_channels) - 1)} pixels. Trained for \
+{state.step} steps on {state.samples_seen} images at {args.resolution} pixels.
+
+```python
+from diffusers import VQModel
+from diffusers.image_processor import VaeImageProcessor
+
+model = VQModel.from_pretrained(REPOSITORY, subfolder="vqmodel")
+processor = VaeImageProcessor.from_config(VaeImageProcessor.load_config(REPOSITORY, subfolder="image_processor"))
+x = processor.preprocess(image)
+image = processor.postprocess(model(x).sample)[0]
+```
+
+Last metrics: `{"".join(last) or "none"}`
+
+```
+{flags}
+```
+"""
+
+
+def start_hub_repository(args):
+    """Create the repository to upload to, before training: a bad token shows now."""
+    api, name = HfApi(token=args.hub_token), args.hub_model_id or Path(args.output_dir).resolve().name
+    logger.info(f"Contacting the Hugging Face Hub to create {name}")
+    try:
+        return api.create_repo(name, exist_ok=True).repo_id
+    except Exception as error:
+        raise UserError(f"--push_to_hub: the Hub did not create {name}: {first_line(error)}") from None
+
+
+def upload(args, repository):
+    ignored = ["checkpoint-*", "unfinished-*", "wandb/*", "logs/*"]
+    HfApi(token=args.hub_token).upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
+    logger.info(f"Uploaded to {repository}")
+
+
+# ---- Validation ----------------------------------------------------------------------------------------------------
+
+
+def load_validation_images(args):
+    """uint8 [n, 3, resolution, resolution]: short side resized, centre cropped; None without --validation_images."""
+    images = []
+    for path in args.validation_images:
+        try:
+            with PIL.Image.open(path) as image:
+                images.append(to_square(image, args.resolution))
+        except UNREADABLE as error:
+            raise UserError(f"--validation_images: cannot read {path}: {first_line(error)}") from None
+    return torch.stack(images) if images else None
+
+
+@torch.no_grad()
+def validate(accelerator, state, images, args):
+    """(main process) Reconstruct `images` in fp32 with the weights that would be exported.
+
+    Writes output_dir/validation/step-N.png, one strip original | reconstruction per image, and shows the strips on the
+    trackers. Returns metrics: PSNR in dB over [0, 1] after rounding to 8 bits, mean over images.
+    """
+    state.generator.eval()
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with ema_weights(state):
+            pairs = []
+            for image in images.split(1):
+                x = to_signed(image, accelerator.device)
+                z = state.generator.encode(x if args.pixel_range == "signed" else x / 2 + 0.5).latents
+                x_hat = state.generator.decode(z).sample
+                x_hat = x_hat if args.pixel_range == "signed" else x_hat * 2 - 1
+                pairs.append((image, to_uint8(x_hat).cpu()))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        state.generator.train()
+    psnr = torchmetrics.functional.image.peak_signal_noise_ratio
+    scores = [psnr(x_hat / 255.0, x / 255.0, data_range=1.0).item() for x, x_hat in pairs]
+    strips = torch.cat([torch.cat(pair, dim=3) for pair in pairs])  # [n, 3, resolution, 2 * resolution]
+    folder = Path(args.output_dir) / "validation"
+    folder.mkdir(exist_ok=True)
+    column = strips.permute(0, 2, 3, 1).flatten(0, 1).numpy()
+    PIL.Image.fromarray(column).save(folder / f"step-{state.step}.png")
+    for tracker in accelerator.trackers:
+        shown = strips if tracker.name == "tensorboard" else strips.permute(0, 2, 3, 1)
+        tracker.log_images({"validation": shown.numpy()}, step=state.step)
+    return {"val/psnr": sum(scores) / len(scores)}
+
+
+# ---- Reporting -----------------------------------------------------------------------------------------------------
+
+
+def public_config(args):
+    """Flags for trackers and cards: no secrets, plain values (TensorBoard takes no lists)."""
+    flags = {name: value for name, value in vars(args).items() if "token" not in name}
+    return {k: v if isinstance(v, (int, float, str)) else " ".join(map(str, v)) if v else "" for k, v in flags.items()}
+
+
+class TqdmHandler(logging.Handler):
+    """Log lines above the progress bar, on stderr."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+class Clock:
+    """Wall time of training since the last `read`, without pauses for validation and checkpoints."""
+
+    def __init__(self):
+        self.start, self.paused, self.waited = time.perf_counter(), 0.0, 0.0
+
+    @contextmanager
+    def timing(self, what):
+        start = time.perf_counter()
+        yield
+        setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+
+    def read(self, images):
+        seconds = max(time.perf_counter() - self.start - self.paused, 1e-9)
+        metrics = {"speed/images_per_sec": images / seconds, "speed/data_time": self.waited / seconds}
+        self.__init__()
+        return metrics
+
+
+def codebook_metrics(accelerator, state):
+    """(all processes) Share of the codes chosen since the last log, and their perplexity exp(H)."""
+    counts = accelerator.reduce(state.log_counts, "sum").double()
+    state.log_counts.zero_()
+    p = counts / counts.sum().clamp(min=1)
+    perplexity = torch.exp(-(p * p.clamp(min=1e-30).log()).sum())
+    return {"codebook/used": (counts > 0).double().mean().item(), "codebook/perplexity": perplexity.item()}
+
+
+def report(accelerator, state, clock, bar, args):
+    """(all processes) Means over the last log window to the trackers, metrics.jsonl and the progress bar."""
+    metrics = state.averages.read(accelerator) | codebook_metrics(accelerator, state)
+    metrics["opt/lr"] = state.optimizers["generator"].param_groups[0]["lr"]
+    metrics["opt/discriminator_lr"] = state.optimizers["discriminator"].param_groups[0]["lr"]
+    metrics["opt/adversarial_weight"] = adversarial_weight(state.step - 1, args)
+    metrics |= clock.read(images=state.samples_seen - state.samples_logged)
+    state.samples_logged = state.samples_seen
+    if accelerator.device.type == "cuda":
+        metrics["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    for player in ("", "discriminator_"):
+        if metrics.get(f"opt/{player}skipped"):
+            logger.warning(
+                f"step {state.step}: {metrics[f'opt/{player}skipped']:.1%} of the last updates were not finite"
+            )
+    write_metrics(accelerator, metrics, state.step, args)
+    shown = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "disc", "codebook/used": "codes"}
+    bar.set_postfix({name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics})
+
+
+def write_metrics(accelerator, metrics, step, args):
+    """(main process) One line of output_dir/metrics.jsonl, and the trackers."""
+    accelerator.log(metrics, step=step)
+    if accelerator.is_main_process:
+        with open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+
+
+def cut_metrics(args, step):
+    """(main process) Drop the lines of metrics.jsonl beyond `step`: the steps after it are taken again."""
+    path = Path(args.output_dir) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def report_gradient_shares(accelerator, shares):
+    """Log which term steers the decoder at the first step, and warn of one that drowns the others."""
+    logger.info("Gradient at x_hat: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    for name, share in shares.items():
+        if share > 0.9 and len(shares) > 1:
+            logger.warning(f"{name} makes up {share:.0%} of the gradient at x_hat; consider a lower --{name}_weight")
+
+
+def summary(accelerator, state, perceptual, items, args):
+    """Start-up lines: data, batch arithmetic, networks, memory."""
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (state.generator, state.discriminator)]
+    bytes_each = torch.get_default_dtype().itemsize
+    held = (4 * sizes[0] + (4 * sizes[1] if args.adversarial_weight else 0)) * bytes_each / 2**30
+    average = sizes[0] * bytes_each / 2**30
+    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    images = "a stream of images" if args.streaming else f"{len(items)} images"
+    logger.info(f"Training on {images} at {args.resolution} pixels for {args.max_train_steps} steps, seed {args.seed}")
+    logger.info(
+        f"Step: {args.train_batch_size} images x {args.gradient_accumulation_steps} micro-batches x "
+        f"{accelerator.num_processes} processes = {batch}"
+    )
+    logger.info(f"Generator {sizes[0] / 1e6:.1f} M parameters, discriminator {sizes[1] / 1e6:.1f} M")
+    logger.info(
+        f"Weights, gradients and optimisers: {held:.2f} GiB without EMA, {held + average:.2f} GiB with EMA "
+        f"(EMA is {'on' if args.use_ema else 'off'}); activations come on top"
+    )
+    if perceptual:
+        logger.info(f"Perceptual layers of {args.timm_model_backend}: {', '.join(perceptual.layers)}")
+    if args.adversarial_weight:
+        start, ramp = args.discriminator_start, args.discriminator_warmup
+        logger.info(f"Discriminator from step {start}, at full weight from step {start + ramp}")
+
+
+# ---- Training ------------------------------------------------------------------------------------------------------
+
+
+def start_accelerator(args):
+    """Accelerator, logging, threads; UserError for launch modes that are not tested."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[TqdmHandler()], force=True)
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    trackers = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, args.report_to)
+    project = ProjectConfiguration(
+        project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
+    )
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, log_with=trackers, project_config=project, kwargs_handlers=[ddp]
+    )
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UserError(
+            f"accelerate config: {accelerator.distributed_type.value} is not supported; use plain multi-GPU"
+        )
+    if (
+        accelerator.device.type == "cpu"
+        and os.environ.get("OMP_NUM_THREADS") == "1"
+        and "ACCELERATE_MIXED_PRECISION" in os.environ
+    ):
+        torch.set_num_threads(max(1, cores() // local_processes()))  # 1 is what launchers set when nobody chose
+    if accelerator.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    if args.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def settle_flags(accelerator, items, args):
+    """Fill in what depends on the data and the processes: steps, schedules, learning rates."""
+    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(len(items) * args.num_train_epochs / batch)
+    if args.discriminator_start is None:
+        args.discriminator_start = min(args.max_train_steps // 10, 20000)
+    for flag in ("discriminator_start", "discriminator_warmup"):
+        if isinstance(getattr(args, flag), float):
+            setattr(args, flag, round(getattr(args, flag) * args.max_train_steps))
+    if args.scale_lr:
+        args.learning_rate, args.discr_learning_rate = args.learning_rate * batch, args.discr_learning_rate * batch
+
+
+def train(args):
+    accelerator = start_accelerator(args)
+    checkpoint = checkpoint_to_resume(args)
+    if args.seed is None:
+        drawn = read_progress(checkpoint)["seed"] if checkpoint else random.SystemRandom().randrange(2**31)
+        args.seed = broadcast_object_list([drawn])[0]
+    set_seed(args.seed)
+    generator, discriminator = build_generator(args), build_discriminator(args)
+    images = load_validation_images(args)
+    with accelerator.local_main_process_first():
+        items = load_items(args)
+        perceptual = None
+        if args.perceptual_weight:
+            layers, weights = args.timm_model_layers, args.timm_model_weights
+            perceptual = PerceptualLoss(args.timm_model_backend, layers, weights, args.resolution, args.cache_dir)
+    settle_flags(accelerator, items, args)
+    trained = what_is_trained(args, generator, items)
+    repository = start_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
+
+    state = TrainingState(generator, discriminator, args, accelerator.device)
+    if checkpoint:
+        load_checkpoint(accelerator, state, checkpoint, args, trained)
+    else:
+        if args.codebook_init == "kmeans":
+            initialise_codebook(accelerator, state, items, args)
+        if args.use_ema:
+            state.start_ema(args.ema_decay)
+    generator, discriminator = accelerator.prepare(generator, discriminator)
+    for name, optimizer in state.optimizers.items():
+        state.optimizers[name] = accelerator.prepare_optimizer(optimizer)
+    if perceptual:
+        perceptual = accelerator.prepare_model(perceptual, evaluation_mode=True)
+    summary(accelerator, state, perceptual, items, args)
+    if accelerator.is_main_process:
+        cut_metrics(args, state.step)
+    tracker_options = {
+        "wandb": {"id": state.tracker_run, "resume": "allow", "dir": args.output_dir},
+        "tensorboard": {"purge_step": state.step + 1},
+    }
+    accelerator.init_trackers(args.tracker_project_name, public_config(args), tracker_options)
+
+    validated = train_steps(accelerator, generator, discriminator, state, perceptual, items, images, args, trained)
+    if accelerator.is_main_process:
+        export(accelerator, state, items, args)
+        if validated:
+            logger.info(f"Validation images: {validated['val/psnr']:.2f} dB PSNR")
+        if repository:
+            upload(args, repository)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def train_steps(accelerator, generator, discriminator, state, perceptual, items, images, args, trained):
+    """The loop. Returns the last validation's metrics."""
+    total, start, validated = args.max_train_steps, args.discriminator_start, None
+    schedule = build_schedule(args.lr_scheduler, args.lr_warmup_steps, total)
+    discr_schedule = build_schedule(args.discr_lr_scheduler, args.lr_warmup_steps, max(1, total - start))
+    batches = training_batches(items, args, state.samples_seen, accelerator)
+    bar = tqdm(total=total, initial=state.step, disable=not accelerator.is_main_process, desc="Steps")
+    clock = Clock()
+    while state.step < total:
+        with clock.timing("waited"):
+            micro_batches = [next(batches) for _ in range(args.gradient_accumulation_steps)]
+        micro_batches = [to_signed(x, accelerator.device) for x in micro_batches]
+        set_learning_rate(state.optimizers["generator"], args.learning_rate * schedule(state.step))
+        set_learning_rate(
+            state.optimizers["discriminator"], args.discr_learning_rate * discr_schedule(max(0, state.step - start))
+        )
+        weight = adversarial_weight(state.step, args)
+        kept, codes = generator_step(accelerator, generator, state, perceptual, micro_batches, weight, args)
+        if weight > 0:
+            discriminator_step(accelerator, discriminator, state, kept, args)
+        state.step += 1
+        state.samples_seen += sum(map(len, micro_batches)) * accelerator.num_processes
+        bar.update()
+
+        last = state.step == total
+        if due(state.step, args.codebook_restart_steps) and state.step <= 0.9 * total:  # the last codes need to settle
+            restart_dead_codes(accelerator, state, codes.z)
+        if due(state.step, args.log_steps):
+            report(accelerator, state, clock, bar, args)
+        with clock.timing("paused"):
+            if images is not None and (due(state.step, args.validation_steps) or last) and accelerator.is_main_process:
+                validated = validate(accelerator, state, images, args)
+                write_metrics(accelerator, validated, state.step, args)
+            if args.checkpointing_steps and (due(state.step, args.checkpointing_steps) or last):
+                save_checkpoint(accelerator, state, args, trained)
+    bar.close()
+    return validated
+
+
+def set_learning_rate(optimizer, learning_rate):
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def due(step, every):
+    return every > 0 and step % every == 0
+
+
+# ---- Entry ---------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    """Exit status: 0 done, 2 something to mend, in one line on stderr."""
+    args = parse_args(argv)
+    try:
+        train(args)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"train_vqgan.py: error: {str(error).splitlines()[-1].split('UserError: ')[-1]}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        advice = "lower --train_batch_size and raise --gradient_accumulation_steps, or add --gradient_checkpointing"
+        print(f"train_vqgan.py: error: out of GPU memory: {advice}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
