@@ -34,11 +34,12 @@ import random
 import re
 import shlex
 import shutil
+import struct
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from discriminator import Discriminator
@@ -71,7 +72,7 @@ from discriminator import Discriminator
 logger = logging.getLogger("train_vqgan")
 
 REPOSITORY = Path(__file__).resolve().parent
-UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)  # what Pillow raises
+UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, PIL.Image.DecompressionBombError)  # what Pillow raises
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 DEFAULT_VQMODEL = {
@@ -118,8 +119,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n" if int(os.environ.get("RANK", 0)) == 0 else None)
 
     def convert_arg_line_to_args(self, line):
-        words = shlex.split(line, comments=True)
-        return [str(REPOSITORY / w) if "/" in w and (REPOSITORY / w).exists() else w for w in words]
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"recipe line {line.strip()!r}: {error}")
+        return [self.in_repository(word) for word in words]
+
+    @staticmethod
+    def in_repository(word):
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        found = "/" in value and (REPOSITORY / value).exists()
+        return f"{flag}{equals}{REPOSITORY / value if found else value}"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -310,14 +320,14 @@ def permute(i, n, seed):
     """Place of `i` in a permutation of range(n) keyed by `seed`, in constant time and memory.
 
     A Feistel network on the next even number of bits, walked until it lands inside (cycle walking: Black and Rogaway
-    2002). Six rounds of a multiply-xorshift hash (splitmix64, Steele et al. 2014).
+    2002). Twelve rounds of a multiply-xorshift hash (splitmix64, Steele et al. 2014).
     """
     half = max(1, (n - 1).bit_length() + 1 >> 1)
     mask, u64 = (1 << half) - 1, (1 << 64) - 1
     while True:
         left, right = i >> half, i & mask
-        for r in range(6):
-            h = (right + (seed * 6 + r + 1) * 0x9E3779B97F4A7C15) & u64
+        for r in range(12):
+            h = (right + (seed * 12 + r + 1) * 0x9E3779B97F4A7C15) & u64
             h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9 & u64
             h = (h ^ h >> 27) * 0x94D049BB133111EB & u64
             left, right = right, left ^ ((h ^ h >> 31) & mask)
@@ -362,9 +372,16 @@ def to_square(image, resolution, rng=None, flip=False):
 
 def open_image(item):
     """A path, or what a datasets.Image column holds undecoded, to a PIL image."""
+    if item is None:
+        raise ValueError("no image in this row")
     if isinstance(item, dict):
         item = io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"]
     return PIL.Image.open(item)
+
+
+def name_of(item, index):
+    """For messages."""
+    return item if isinstance(item, Path) else (item or {}).get("path") or f"row {index}"
 
 
 def augment(item, g, args):
@@ -391,48 +408,68 @@ class SampleStream(Dataset):
 
     def __getitem__(self, g):
         """uint8 [3, resolution, resolution]. An unreadable image is reported and its neighbour taken."""
-        index = self.index(g)
         for attempt in range(10):
-            item = self.items[(index + attempt) % len(self.items)]
+            index = (self.index(g) + attempt) % len(self.items)
+            item = self.items[index]
             try:
                 return augment(item, g, self.args)
             except UNREADABLE as error:
-                name = item["path"] if isinstance(item, dict) else item
-                logger.warning(f"Skipped an unreadable training image: {name}: {first_line(error)}")
-        raise UserError(f"ten training images in a row cannot be read; the last one: {name}")
+                logger.warning(f"Skipped an unreadable training image: {name_of(item, index)}: {first_line(error)}")
+        raise UserError(f"ten training images in a row cannot be read; the last one: {name_of(item, index)}")
 
 
-class RemoteStream(IterableDataset):
-    """--streaming: the shuffled stream again and again; process `rank` of `world` takes every world-th sample.
+def remote_batches(dataset, args, start, rank, world, threads):
+    """--streaming: batches of the shuffled stream again and again; process `rank` takes every world-th sample.
 
-    Resuming reads past what was seen, undecoded: a position in a remote stream cannot be jumped to.
+    Resuming reads past what was seen, undecoded: a position in a remote stream cannot be jumped to. Threads, not
+    processes, decode: each further process would read the whole stream again.
     """
+    dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+    dataset = dataset.shuffle(seed=args.seed, buffer_size=1000)
 
-    def __init__(self, dataset, args, start, rank, world):
-        dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
-        self.dataset = dataset.shuffle(seed=args.seed, buffer_size=1000)
-        self.args, self.start, self.rank, self.world = args, start, rank, world
-
-    def samples(self):
+    def samples():
         g = 0
         for epoch in itertools.count():
-            self.dataset.set_epoch(epoch)
-            for example in self.dataset:
-                if g >= self.start and (g - self.start) % self.world == self.rank:
-                    yield example[self.args.image_column], g, self.args
+            dataset.set_epoch(epoch)
+            for example in dataset:
+                if g >= start and (g - start) % world == rank:
+                    yield example[args.image_column], g
                 g += 1
 
-    def __iter__(self):
-        samples = self.samples()
-        with ThreadPool(4) as pool:  # Pillow decodes outside the interpreter lock
-            while True:
-                yield torch.stack(pool.starmap(augment, itertools.islice(samples, self.args.train_batch_size)))
+    def load(item, g):
+        try:
+            return augment(item, g, args)
+        except UNREADABLE as error:
+            logger.warning(f"Skipped an unreadable training image: {name_of(item, g)}: {first_line(error)}")
+
+    def batches():
+        stream, good = samples(), []
+        while True:
+            images = list(pool.map(load, *zip(*itertools.islice(stream, args.train_batch_size))))
+            good = [image for image in images if image is not None] or good
+            if not good:
+                raise UserError("a whole batch of training images cannot be read")
+            yield torch.stack([image if image is not None else good[0] for image in images])
+
+    with ThreadPoolExecutor(max(1, threads) + 1) as pool:  # one batch is made while one is used
+        stream = batches()
+        upcoming = pool.submit(next, stream)
+        while True:
+            batch = upcoming.result()
+            upcoming = pool.submit(next, stream)
+            yield batch
 
 
 def list_images(folder):
     """All image files below `folder`, links followed, sorted."""
-    found = (Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+    found, visited = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in visited:  # a link back
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(root))
+        found += [Path(root) / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(path for path in found if path.is_file())
 
 
 def load_items(args):
@@ -486,7 +523,7 @@ def load_train_split(args):
         raise
     except Exception as error:
         reason = first_line(error)
-        if "Unknown split" in reason or "Bad split" in reason:
+        if re.search("(Unknown|Bad) split", reason):
             raise UserError(f"--dataset_name: {name} has no train split: {reason}") from None
         if path.exists():
             raise UserError(f"--dataset_name: datasets cannot read {name}: {reason}") from None
@@ -509,23 +546,17 @@ def sample_numbers(start, batch_size, rank, world):
 def training_batches(items, args, start, accelerator):
     """Endless uint8 micro-batches [train_batch_size, 3, resolution, resolution] of this process, from sample `start`."""
     rank, world = accelerator.process_index, accelerator.num_processes
-    workers = args.dataloader_num_workers
-    if workers is None:
-        workers = min(8, max(1, cores() // local_processes()))
-    options = {"num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
-    if args.streaming:  # one worker: each further one would read the whole stream again
-        stream = RemoteStream(items, args, start, rank, world)
-        return iter(DataLoader(stream, batch_size=None, **(options | {"num_workers": min(1, workers)})))
+    workers = min(8, cores_per_process()) if args.dataloader_num_workers is None else args.dataloader_num_workers
+    if args.streaming:
+        return remote_batches(items, args, start, rank, world, workers)
     numbers = sample_numbers(start, args.train_batch_size, rank, world)
+    options = {"num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
     return iter(DataLoader(SampleStream(items, args), batch_sampler=numbers, **options))
 
 
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def local_processes():
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def cores_per_process():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def to_signed(images, device):
@@ -536,6 +567,15 @@ def to_signed(images, device):
 def to_uint8(x):
     """[-1, 1] to uint8 [0, 255], rounded as VaeImageProcessor does."""
     return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def to_model(x, args):
+    """[-1, 1] to the range the model works in, --pixel_range."""
+    return x if args.pixel_range == "signed" else x / 2 + 0.5
+
+
+def from_model(x, args):
+    return x if args.pixel_range == "signed" else x * 2 - 1
 
 
 # ---- Objectives ----------------------------------------------------------------------------------------------------
@@ -592,9 +632,10 @@ class Quantizer(VectorQuantizer):
             z = at_least_fp32(z).permute(0, 2, 3, 1).reshape(-1, dim)
             indices = nearest_codes(z, self.codebook())
             e = self.embedding(indices)
+            through = z
             if self.norm == "l2":
-                e = F.normalize(e, dim=1)
-            z_q = (z + (e - z).detach()).reshape(batch, height, width, dim).permute(0, 3, 1, 2).contiguous()
+                e, through = F.normalize(e, dim=1), F.normalize(z, dim=1)
+            z_q = (through + (e - through).detach()).reshape(batch, height, width, dim).permute(0, 3, 1, 2).contiguous()
         return z_q, Codes(z, e, indices), (None, None, indices)
 
 
@@ -641,9 +682,9 @@ class PerceptualLoss(nn.Module):
         chosen = self.resolve_layers(name, layers, modules, extractor)
         self.layers = [modules[i] for i in chosen]
         self.backbone = load_backbone(name, weights, chosen, cache_dir).eval().requires_grad_(False)
-        last = re.fullmatch(r"blocks\.(\d+)", self.layers[-1])
-        if last and isinstance(getattr(self.backbone, "blocks", None), nn.Sequential):
-            self.backbone.blocks = self.backbone.blocks[: int(last[1]) + 1]  # timm runs all blocks of an EfficientNet
+        if isinstance(getattr(self.backbone, "blocks", None), nn.Sequential):  # timm runs all of an EfficientNet's
+            last = re.fullmatch(r"blocks\.(\d+)", self.layers[-1])
+            self.backbone.blocks = self.backbone.blocks[: int(last[1]) + 1 if last else 0]
         self.nhwc = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
         config = self.backbone.pretrained_cfg
         self.size = config["input_size"][-2:] if config.get("fixed_input_size") else None
@@ -681,6 +722,9 @@ class PerceptualLoss(nn.Module):
         maps = [f.permute(0, 3, 1, 2) for f in maps] if self.nhwc else maps
         # epsilon inside the root: its gradient is infinite where all channels are zero
         return [f / (f.square().sum(1, keepdim=True) + 1e-10).sqrt() for f in maps]
+
+    def train(self, mode=True):
+        return super().train(False)  # batch norms and dropout stay as they were trained
 
     def forward(self, x, x_hat):
         with torch.no_grad():
@@ -734,12 +778,16 @@ def read_weights(source, expected):
     if len(files) != 1:
         found = f"a package with {len(files)} weight files" if files else "neither a file nor an installed package"
         raise UserError(f"--timm_model_weights: '{source}' is {found}")
-    if files[0].suffix == ".safetensors":
-        state = safetensors.torch.load_file(files[0])
-    else:
-        state = torch.load(files[0], map_location="cpu", weights_only=True)
+    try:
+        if files[0].suffix == ".safetensors":
+            state = safetensors.torch.load_file(files[0])
+        else:
+            state = torch.load(files[0], map_location="cpu", weights_only=True)
+        shapes = [tensor.shape for tensor in state.values()]
+    except Exception:
+        raise UserError(f"--timm_model_weights: {files[0].name} holds no plain tensors by name") from None
     if set(state) != set(expected):
-        if [v.shape for v in state.values()] != [v.shape for v in expected.values()]:
+        if shapes != [tensor.shape for tensor in expected.values()]:
             raise UserError(f"--timm_model_weights: the tensors in {files[0].name} are not those of this backbone")
         state = dict(zip(expected, state.values()))
     return state
@@ -793,9 +841,11 @@ def read_config(flag, source, network, revision=None, cache_dir=None):
         if not path.is_file():
             raise UserError(f"--{flag}: no config.json in {source}")
     if path.is_file():
-        text = path.read_text(encoding="utf-8-sig")
         try:
+            text = path.read_text(encoding="utf-8-sig")
             config = json.loads(text)
+        except (UnicodeDecodeError, OSError) as error:
+            raise UserError(f"--{flag}: {path} is no text file: {first_line(error)}") from None
         except json.JSONDecodeError as error:
             before = text[: error.pos + 1].rstrip("]} \t\r\n")
             if before.endswith(",") and text[len(before) :].lstrip()[:1] in ("]", "}"):
@@ -826,50 +876,49 @@ def read_config(flag, source, network, revision=None, cache_dir=None):
 def check_vqmodel_config(flag, config, resolution):
     """UserError for a VQModel config that diffusers cannot build, or that cannot train at this resolution."""
 
-    def fail(message):
-        raise UserError(f"--{flag}: {message}")
+    def require(condition, message):
+        if not condition:
+            raise UserError(f"--{flag}: {message}")
 
-    defaults = {k: p.default for k, p in inspect.signature(VQModel.__init__).parameters.items()}
-    config = {k: v for k, v in (defaults | config).items() if k != "self"}
-    widths = config["block_out_channels"]
-    for key in ("block_out_channels", "down_block_types", "up_block_types"):
-        if not isinstance(config[key], (list, tuple)) or len(config[key]) != len(widths) or not widths:
-            lengths = {k: len(config[k]) for k in ("block_out_channels", "down_block_types", "up_block_types")}
-            fail(f"these lists need the same length: {', '.join(f'{k} {n}' for k, n in lengths.items())}")
-    integers = ["layers_per_block", "latent_channels", "num_vq_embeddings", "norm_num_groups"]
-    for key, value in [(k, config[k]) for k in integers] + [("block_out_channels", w) for w in widths]:
-        if not isinstance(value, int) or value < 1:
-            fail(f"{key} must be a whole number of at least 1, not {value!r}")
-    for key, kinds in (
-        ("down_block_types", ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")),
-        ("up_block_types", ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")),
-        ("norm_type", ("group", "spatial")),
-    ):
-        for value in [config[key]] if isinstance(config[key], str) else config[key]:
-            if value not in kinds:
-                fail(f"{key}: '{value}' is not one of {', '.join(kinds)}")
-    if config["in_channels"] != 3 or config["out_channels"] != 3:
-        fail("in_channels and out_channels must be 3: training images are RGB")
-    groups = math.lcm(config["norm_num_groups"], 32 if config["norm_type"] == "spatial" else 1)
+    config = {k: p.default for k, p in inspect.signature(VQModel.__init__).parameters.items()} | config
+    lists = {key: config[key] for key in ("block_out_channels", "down_block_types", "up_block_types")}
+    require(all(isinstance(v, (list, tuple)) and v for v in lists.values()), f"{', '.join(lists)} must be lists")
+    lengths = ", ".join(f"{key} {len(value)}" for key, value in lists.items())
+    require(len({len(value) for value in lists.values()}) == 1, f"these lists need the same length: {lengths}")
+    widths, groups, spatial = config["block_out_channels"], config["norm_num_groups"], config["norm_type"] == "spatial"
+    numbers = {k: config[k] for k in ("layers_per_block", "latent_channels", "num_vq_embeddings", "norm_num_groups")}
+    for key, value in [*numbers.items(), *(("block_out_channels", width) for width in widths)]:
+        require(isinstance(value, int) and value > 0, f"{key} must be a whole number of at least 1, not {value!r}")
+    kinds = {
+        "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"],
+        "norm_type": ["group", "spatial"],
+    }
+    for key, known in kinds.items():
+        for value in config[key] if isinstance(config[key], (list, tuple)) else [config[key]]:
+            require(value in known, f"{key}: '{value}' is not one of {', '.join(known)}")
+    require(config["in_channels"] == config["out_channels"] == 3, "in_channels and out_channels must be 3: RGB")
     for width in widths:
-        if width % groups:
-            why = " (norm_type spatial has 32 groups)" if groups != config["norm_num_groups"] else ""
-            fail(f"block_out_channels: {width} is not divisible by norm_num_groups {groups}{why}")
-    dim = config["vq_embed_dim"] or config["latent_channels"]
-    if config["norm_type"] == "spatial" and dim != config["latent_channels"]:
-        fail(f"norm_type spatial needs latent_channels ({config['latent_channels']}) equal to vq_embed_dim ({dim})")
-    factor = 2 ** (len(widths) - 1)
-    if resolution % factor:
+        require(width % groups == 0, f"block_out_channels: {width} is not divisible by norm_num_groups {groups}")
+        require(
+            not spatial or width % 32 == 0, f"block_out_channels: {width} is not divisible by spatial norm's 32 groups"
+        )
+    latent, dim = config["latent_channels"], config["vq_embed_dim"]
+    dim = latent if dim is None else dim
+    require(isinstance(dim, int) and dim > 0, f"vq_embed_dim must be a whole number of at least 1, not {dim!r}")
+    require(
+        not spatial or latent == dim,
+        f"norm_type spatial needs latent_channels ({latent}) equal to vq_embed_dim ({dim})",
+    )
+    if resolution % (factor := 2 ** (len(widths) - 1)):
         nearest = max(factor, round(resolution / factor) * factor)
         raise UserError(
-            f"--resolution: {resolution} is not divisible by the model's downsampling, {factor}; "
-            f"{nearest} is the nearest that is"
+            f"--resolution: {resolution} is not divisible by the model's downsampling {factor}; {nearest} is"
         )
     if config["num_vq_embeddings"] > 16384:
         logger.warning(
-            f"num_vq_embeddings {config['num_vq_embeddings']}: beyond about 16384 codes reconstructions of plain vector "
-            "quantisation improve little or get worse (Yu et al. 2023, https://arxiv.org/abs/2310.05737); "
-            "watch codebook/used"
+            f"num_vq_embeddings {config['num_vq_embeddings']}: beyond about 16384 codes plain vector quantisation gains "
+            "little or gets worse (Yu et al. 2023, https://arxiv.org/abs/2310.05737); watch codebook/used"
         )
 
 
@@ -1019,14 +1068,6 @@ def synced(accelerator, network, last):
     return nullcontext() if last else accelerator.no_sync(network)
 
 
-def reconstruct(generator, x, args):
-    """x [batch, 3, height, width] in [-1, 1] -> x_hat of that shape and range, Codes; the only call of the generator."""
-    if args.pixel_range == "signed":
-        return generator(x, return_dict=False)
-    x_hat, codes = generator(x / 2 + 0.5, return_dict=False)
-    return x_hat * 2 - 1, codes
-
-
 def clip_and_step(accelerator, network, optimizer, loss, max_norm):
     """Clip, update, clear. Returns the gradient norm before clipping, and whether the update took place.
 
@@ -1053,7 +1094,8 @@ def generator_step(accelerator, generator, state, perceptual, micro_batches, wei
     indices = []
     for i, x in enumerate(micro_batches):
         with synced(accelerator, generator, last=i == len(micro_batches) - 1):
-            x_hat, codes = reconstruct(generator, x, args)
+            x_hat, codes = generator(to_model(x, args), return_dict=False)  # the only call of the generator
+            x_hat = from_model(x_hat, args)
             with frozen(state.discriminator):
                 loss, terms = generator_loss(x, x_hat, codes, perceptual, state.discriminator, args, weight)
             if state.step == 0 and i == 0:
@@ -1098,7 +1140,7 @@ def initialise_codebook(accelerator, state, items, args):
     batches = training_batches(items, args, 0, accelerator)
     for _ in range(64):
         x = to_signed(next(batches), accelerator.device)
-        z = state.generator.encode(x if args.pixel_range == "signed" else x / 2 + 0.5).latents
+        z = state.generator.encode(to_model(x, args)).latents
         z = accelerator.gather(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]))
         latents, found = [*latents, z], found + len(z)
         if found >= wanted:
@@ -1121,6 +1163,9 @@ def restart_dead_codes(accelerator, state, z):
     counts = accelerator.reduce(state.restart_counts, "sum")
     dead = (counts < 0.03 * counts.sum() / len(counts)).unsqueeze(1)
     pool = accelerator.gather(z.detach()[: (1 << 16) // accelerator.num_processes].contiguous())
+    pool = pool[pool.isfinite().all(1)]  # the last update may have been skipped
+    if not len(pool):
+        return
     pool = F.normalize(pool, dim=1) if state.quantizer.norm == "l2" else pool
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(state.step)).to(pool.device)
     fresh = pool[order[(dead.squeeze(1).cumsum(0) - 1) % len(pool)]].to(weight.dtype)
@@ -1236,7 +1281,7 @@ def read_progress(checkpoint):
 def load_checkpoint(accelerator, state, checkpoint, args, trained):
     """(all processes) The reverse of `save_checkpoint`; UserError where what is trained has changed."""
     progress = read_progress(checkpoint)
-    for key in progress["trained"].keys() | trained.keys():
+    for key in progress["trained"] | trained:
         was, now = progress["trained"].get(key), trained.get(key)
         if was != now:
             raise UserError(
@@ -1302,7 +1347,7 @@ def ema_weights(state):
 
 def plain_vqmodel(generator, **config):
     """A VQModel as diffusers knows it with the generator's weights, codes folded, on the CPU; `config` overrides."""
-    model = VQModel.from_config(dict(generator.config) | config)
+    model = VQModel.from_config({k: v for k, v in generator.config.items() if not k.startswith("_")} | config)
     weights = generator.state_dict() | {"quantize.embedding.weight": generator.quantize.codebook().detach()}
     model.load_state_dict({name: weight.cpu() for name, weight in weights.items()})
     return model
@@ -1321,7 +1366,7 @@ def export(accelerator, state, items, args):
         batches = training_batches(items, args, 0, accelerator)
         for _ in range(max(1, min(256, 0 if args.streaming else len(items)) // args.train_batch_size)):
             x = to_signed(next(batches), accelerator.device)
-            z = state.generator.encode(x if args.pixel_range == "signed" else x / 2 + 0.5).latents.double()
+            z = state.generator.encode(to_model(x, args)).latents.double()
             total, squares, n = total + z.sum().item(), squares + z.square().sum().item(), n + z.numel()
         deviation = math.sqrt(max(squares / n - (total / n) ** 2, 1e-12))
         model = plain_vqmodel(state.generator, scaling_factor=round(1 / deviation, 5))
@@ -1336,30 +1381,27 @@ def export(accelerator, state, items, args):
 
 
 def model_card(state, model, args):
-    """README.md for the Hub: how to load it, what it is, how it was trained."""
-    flags = "\n".join(f"{name}: {value}" for name, value in public_config(args).items() if value not in (None, ""))
+    """README.md for the Hub: what the model is, how to load it, how it was trained."""
+    side = 2 ** (len(model.config.block_out_channels) - 1)
     last = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()[-1:]
+    flags = "\n".join(f"{name}: {value}" for name, value in public_config(args).items() if value != "")
     return f"""---
 library_name: diffusers
 tags: [vqgan, image-tokenizer]
 ---
 # VQGAN image tokenizer
 
-{model.config.num_vq_embeddings} codes of dimension {model.quantize.vq_embed_dim}, one per \
-{2 ** (len(model.config.block_out_channels) - 1)}x{2 ** (len(model.config.block_out_channels) - 1)} pixels. Trained for \
-{state.step} steps on {state.samples_seen} images at {args.resolution} pixels.
+{model.config.num_vq_embeddings} codes of dimension {model.quantize.vq_embed_dim}, one per {side} x {side} pixels.
+Trained for {state.step} steps on {state.samples_seen} images at {args.resolution} pixels. Last metrics: {"".join(last)}
 
 ```python
 from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 
-model = VQModel.from_pretrained(REPOSITORY, subfolder="vqmodel")
-processor = VaeImageProcessor.from_config(VaeImageProcessor.load_config(REPOSITORY, subfolder="image_processor"))
-x = processor.preprocess(image)
-image = processor.postprocess(model(x).sample)[0]
+model = VQModel.from_pretrained(repository, subfolder="vqmodel")
+processor = VaeImageProcessor.from_config(VaeImageProcessor.load_config(repository, subfolder="image_processor"))
+reconstruction = processor.postprocess(model(processor.preprocess(image)).sample)[0]
 ```
-
-Last metrics: `{"".join(last) or "none"}`
 
 ```
 {flags}
@@ -1367,18 +1409,18 @@ Last metrics: `{"".join(last) or "none"}`
 """
 
 
-def start_hub_repository(args):
-    """Create the repository to upload to, before training: a bad token shows now."""
-    api, name = HfApi(token=args.hub_token), args.hub_model_id or Path(args.output_dir).resolve().name
+def create_repository(args):
+    """(main process) Id of the repository to upload to, created before training: a bad token shows now."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
     logger.info(f"Contacting the Hugging Face Hub to create {name}")
     try:
-        return api.create_repo(name, exist_ok=True).repo_id
+        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
     except Exception as error:
         raise UserError(f"--push_to_hub: the Hub did not create {name}: {first_line(error)}") from None
 
 
 def upload(args, repository):
-    ignored = ["checkpoint-*", "unfinished-*", "wandb/*", "logs/*"]
+    ignored = ["checkpoint-*", "unfinished-*", "wandb/*", f"{args.logging_dir}/*"]
     HfApi(token=args.hub_token).upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
     logger.info(f"Uploaded to {repository}")
 
@@ -1413,10 +1455,8 @@ def validate(accelerator, state, images, args):
             pairs = []
             for image in images.split(1):
                 x = to_signed(image, accelerator.device)
-                z = state.generator.encode(x if args.pixel_range == "signed" else x / 2 + 0.5).latents
-                x_hat = state.generator.decode(z).sample
-                x_hat = x_hat if args.pixel_range == "signed" else x_hat * 2 - 1
-                pairs.append((image, to_uint8(x_hat).cpu()))
+                x_hat = state.generator.decode(state.generator.encode(to_model(x, args)).latents).sample
+                pairs.append((image, to_uint8(from_model(x_hat, args)).cpu()))
     finally:
         torch.set_float32_matmul_precision(precision)
         state.generator.train()
@@ -1551,7 +1591,8 @@ def summary(accelerator, state, perceptual, items, args):
 
 def start_accelerator(args):
     """Accelerator, logging, threads; UserError for launch modes that are not tested."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[TqdmHandler()], force=True)
+    if not logger.handlers:
+        logger.addHandler(TqdmHandler())
     logging.getLogger("timm").setLevel(logging.ERROR)
     trackers = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, args.report_to)
     project = ProjectConfiguration(
@@ -1571,7 +1612,7 @@ def start_accelerator(args):
         and os.environ.get("OMP_NUM_THREADS") == "1"
         and "ACCELERATE_MIXED_PRECISION" in os.environ
     ):
-        torch.set_num_threads(max(1, cores() // local_processes()))  # 1 is what launchers set when nobody chose
+        torch.set_num_threads(cores_per_process())  # 1 is what launchers set when nobody chose
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     if args.allow_tf32:
@@ -1611,7 +1652,7 @@ def train(args):
             perceptual = PerceptualLoss(args.timm_model_backend, layers, weights, args.resolution, args.cache_dir)
     settle_flags(accelerator, items, args)
     trained = what_is_trained(args, generator, items)
-    repository = start_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
+    repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     state = TrainingState(generator, discriminator, args, accelerator.device)
     if checkpoint:

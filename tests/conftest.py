@@ -1,0 +1,110 @@
+"""Fixtures: a small folder of images, a model that trains a step in milliseconds, and `train` = main(argv) in process."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
+os.environ.setdefault("WANDB_MODE", "offline")
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import numpy as np  # noqa: E402
+import PIL.Image  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+
+import train_vqgan  # noqa: E402
+
+TINY_MODEL = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "vq_embed_dim": 4,
+    "num_vq_embeddings": 32,
+    "norm_num_groups": 4,
+    "mid_block_add_attention": False,
+}
+TINY_DISCRIMINATOR = {"hidden_channels": 8, "depth": 1, "norm_num_groups": 4}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one state per process; every run in a test starts anew."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of 7 small images of different shapes: 7 is odd, and divisible by no batch used here."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        coarse = rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        PIL.Image.fromarray(coarse).resize((24 + 4 * i, 20), PIL.Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def flags(tmp_path, photos):
+    """Flags of a run that takes a second or two; later flags win."""
+    (tmp_path / "model.json").write_text(json.dumps(TINY_MODEL))
+    (tmp_path / "discriminator.json").write_text(json.dumps(TINY_DISCRIMINATOR))
+    return [
+        *("--model_config_name_or_path", str(tmp_path / "model.json")),
+        *("--discriminator_config_name_or_path", str(tmp_path / "discriminator.json")),
+        *("--train_data_dir", str(photos), "--resolution", "16", "--train_batch_size", "2"),
+        *("--timm_model_backend", "tf_efficientnet_lite0", "--timm_model_weights", "random"),
+        *("--timm_model_layers", "0,1", "--max_train_steps", "2", "--dataloader_num_workers", "0", "--seed", "0"),
+        *("--report_to", "none", "--output_dir", str(tmp_path / "run")),
+    ]
+
+
+@pytest.fixture
+def train(flags, tmp_path):
+    """train(*more flags) -> the output directory; asserts that the run succeeded."""
+
+    def run(*more):
+        assert train_vqgan.main([*flags, *more]) == 0
+        return Path(train_vqgan.parse_args([*flags, *more, "--resume_from_checkpoint", "latest"]).output_dir)
+
+    return run
+
+
+@pytest.fixture
+def error(flags, capsys):
+    """error(*more flags) -> the one line on stderr of a run that must fail with status 2 before its first step."""
+
+    def run(*more):
+        try:
+            status = train_vqgan.main([*flags, *more])
+        except SystemExit as stop:
+            status = stop.code
+        lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+        assert status == 2 and len(lines) == 1, lines
+        assert lines[0].startswith("train_vqgan.py: error: ")
+        assert not (Path(flags[-1]) / "metrics.jsonl").exists(), "training had started"
+        return lines[0]
+
+    return run
+
+
+def metrics(output_dir):
+    """Lines of metrics.jsonl, without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]

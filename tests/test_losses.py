@@ -1,0 +1,450 @@
+"""The objectives against numbers worked out by hand, and the perceptual loss against numpy and torchmetrics."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchmetrics.functional.image.lpips as lpips
+from torch import nn
+
+import train_vqgan as tv
+
+
+def by_channel(images):
+    """A stand-in discriminator whose logits are the images' first channel."""
+    return images[:, :1]
+
+
+def with_logits(*logits):
+    """Images [n, 3, 2, 2] to which `by_channel` gives these logits, four each."""
+    images = torch.zeros(len(logits), 3, 2, 2)
+    images[:, 0] = torch.tensor(logits).view(-1, 2, 2)
+    return images
+
+
+@pytest.fixture
+def objectives(flags):
+    """objectives(*more flags) -> parsed flags."""
+    return lambda *more: tv.parse_args([*flags, *more])
+
+
+# ---- The discriminator's loss
+
+
+def test_discriminator_loss_is_the_hinge_loss():
+    """Red when a sign inside a hinge flips, `2 -` replaces `1 -`, or real and fake swap places in `torch.cat`."""
+    x = with_logits([2.0, 0.5, -1.0, 0.0], [1.0, 3.0, 0.25, -2.0])
+    x_hat = with_logits([-3.0, -0.5, 1.0, 0.0], [-1.0, 0.75, -4.0, -2.0])
+    loss, metrics = tv.discriminator_loss(x, x_hat, by_channel)
+    real = (0 + 0.5 + 2 + 1 + 0 + 0 + 0.75 + 3) / 8
+    fake = (0 + 0.5 + 2 + 1 + 0 + 1.75 + 0 + 0) / 8
+    assert loss.item() == pytest.approx(real + fake)
+    assert metrics["disc/loss"].item() == pytest.approx(real + fake)
+    assert metrics["disc/real"].item() == pytest.approx(3.75 / 8)
+    assert metrics["disc/fake"].item() == pytest.approx(-8.75 / 8)
+
+
+def test_discriminator_accuracy_counts_both_kinds_alike():
+    """5 of 8 real and 5 of 8 fake logits are right, then all and none. Red when a `>` turns, or `/ 2` is dropped."""
+    x = with_logits([2.0, 0.5, -1.0, 0.0], [1.0, 3.0, 0.25, -2.0])
+    x_hat = with_logits([-3.0, -0.5, 1.0, 0.0], [-1.0, 0.75, -4.0, -2.0])
+    accuracy = tv.discriminator_loss(x, x_hat, by_channel)[1]["disc/accuracy"]
+    assert accuracy.item() == pytest.approx((5 / 8 + 5 / 8) / 2)
+    ones = with_logits([0.1] * 4)
+    for real, fake, expected in [(ones, -ones, 1.0), (ones, ones, 0.5), (-ones, ones, 0.0)]:
+        assert tv.discriminator_loss(real, fake, by_channel)[1]["disc/accuracy"].item() == expected
+
+
+def test_discriminator_judges_real_and_fake_in_one_pass():
+    sizes = []
+
+    def counting(images):
+        sizes.append(len(images))
+        return by_channel(images)
+
+    tv.discriminator_loss(torch.zeros(3, 3, 2, 2), torch.zeros(3, 3, 2, 2), counting)
+    assert sizes == [6]
+
+
+def test_discriminator_gradient_stops_at_the_margin():
+    """Only logits inside the margin are pushed: real ones up, fake ones down. Red when `F.relu` is left out."""
+    x = with_logits([2.0, 0.5, -1.0, 1.5]).requires_grad_()
+    x_hat = with_logits([-3.0, -0.5, 1.0, -1.5]).requires_grad_()
+    tv.discriminator_loss(x, x_hat, by_channel)[0].backward()
+    assert x.grad[0, 0].flatten().tolist() == [0, -0.25, -0.25, 0]
+    assert x_hat.grad[0, 0].flatten().tolist() == [0, 0.25, 0.25, 0]
+
+
+# ---- The generator's loss
+
+
+def example():
+    """x, x_hat [2, 3, 4, 4] and codes, as leaves."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 4, 4, generator=rng) * 2 - 1
+    x_hat = (torch.rand(2, 3, 4, 4, generator=rng) * 0.5).requires_grad_()
+    z = torch.randn(8, 4, generator=rng).requires_grad_()
+    e = torch.randn(8, 4, generator=rng).requires_grad_()
+    return x, x_hat, tv.Codes(z, e, torch.arange(8))
+
+
+def stand_in_perceptual(x, x_hat):
+    return 3 * (x_hat - x).abs().amax()
+
+
+def numpy_terms(kind, x, x_hat, codes):
+    """The five terms of L_G, in numpy, for the stand-ins above."""
+    x, x_hat, z, e = (t.detach().double().numpy() for t in (x, x_hat, codes.z, codes.e))
+    return {
+        "pixel": np.abs(x - x_hat).mean() if kind == "l1" else ((x - x_hat) ** 2).mean(),
+        "perceptual": 3 * np.abs(x - x_hat).max(),
+        "codebook": ((z - e) ** 2).mean(),
+        "commitment": ((z - e) ** 2).mean(),
+        "adversarial": -x_hat[:, 0].mean(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_generator_loss_is_the_weighted_sum_of_its_terms(objectives, kind):
+    """Red when a weight is dropped or two are exchanged, a term is summed instead of averaged, or l1 and l2 swap."""
+    weights = {"pixel": 0.5, "perceptual": 2.0, "codebook": 3.0, "commitment": 0.125}
+    args = objectives("--vae_loss", kind, *(w for k, v in weights.items() for w in (f"--{k}_weight", str(v))))
+    weights["adversarial"] = 0.7
+    x, x_hat, codes = example()
+    loss, terms = tv.generator_loss(x, x_hat, codes, stand_in_perceptual, by_channel, args, 0.7)
+    expected = numpy_terms(kind, x, x_hat, codes)
+    assert abs(numpy_terms("l1", x, x_hat, codes)["pixel"] - numpy_terms("l2", x, x_hat, codes)["pixel"]) > 0.05
+    assert set(terms) == set(expected)
+    for name, (weight, term) in terms.items():
+        assert weight == weights[name]
+        assert term.item() == pytest.approx(expected[name], rel=1e-5), name
+    assert loss.item() == pytest.approx(sum(weights[k] * expected[k] for k in expected), rel=1e-5)
+
+
+def test_default_weights_are_the_documented_ones(objectives):
+    """1, 1, 1 and 0.25, l2. Red when a default of a flag changes."""
+    args = objectives("--adversarial_weight", "0.1")
+    x, x_hat, codes = example()
+    terms = tv.generator_loss(x, x_hat, codes, stand_in_perceptual, by_channel, args, 0.1)[1]
+    weights = {name: weight for name, (weight, _) in terms.items()}
+    assert weights == {"pixel": 1, "perceptual": 1, "codebook": 1, "commitment": 0.25, "adversarial": 0.1}
+    assert terms["pixel"][1].item() == pytest.approx(numpy_terms("l2", x, x_hat, codes)["pixel"], rel=1e-5)
+    assert tv.parse_args(["--output_dir", args.output_dir]).adversarial_weight == 0.1
+
+
+def test_without_adversarial_weight_the_discriminator_is_not_called(objectives):
+    """Red when `adversarial_weight > 0` becomes `>= 0`."""
+
+    def forbidden(images):
+        raise AssertionError("the discriminator was called")
+
+    x, x_hat, codes = example()
+    loss, terms = tv.generator_loss(x, x_hat, codes, None, forbidden, objectives(), 0.0)
+    assert "adversarial" not in terms
+    expected = numpy_terms("l2", x, x_hat, codes)
+    assert loss.item() == pytest.approx(expected["pixel"] + 1.25 * expected["codebook"], rel=1e-5)
+    with pytest.raises(AssertionError, match="was called"):
+        tv.generator_loss(x, x_hat, codes, None, forbidden, objectives(), 1e-6)
+
+
+@pytest.mark.parametrize("moved", ["codebook", "commitment"])
+def test_stop_gradients_of_the_quantiser_terms(objectives, moved):
+    """The codebook term moves only e, the commitment term only z. Red when a `.detach()` is dropped or moved over."""
+    weights = {"pixel": 0, "perceptual": 0, "codebook": 0, "commitment": 0, moved: 1.5}
+    args = objectives(*(w for k, v in weights.items() for w in (f"--{k}_weight", str(v))))
+    x, x_hat, codes = example()
+    tv.generator_loss(x, x_hat, codes, None, by_channel, args, 0.0)[0].backward()
+    gradients = {"codebook": codes.e.grad, "commitment": codes.z.grad}
+    towards = (codes.e - codes.z) if moved == "codebook" else (codes.z - codes.e)
+    torch.testing.assert_close(gradients.pop(moved), (1.5 * 2 / codes.z.numel() * towards).detach())
+    (other,) = gradients.values()
+    assert other is None or other.abs().max() == 0
+    assert x_hat.grad.abs().max() == 0  # neither term reaches the decoder
+
+
+def test_adversarial_term_moves_the_reconstruction_and_not_the_frozen_discriminator(objectives):
+    """d(-mean D)/dx_hat for a linear D. Red when the minus is dropped, or `frozen` does nothing."""
+    args = objectives(*(f"--{k}_weight=0" for k in ("pixel", "perceptual", "codebook", "commitment")))
+    discriminator = nn.Conv2d(3, 1, 1)
+    x, x_hat, codes = example()
+    with tv.frozen(discriminator):
+        tv.generator_loss(x, x_hat, codes, None, discriminator, args, 0.4)[0].backward()
+    slope = discriminator.weight.detach().view(1, 3, 1, 1) * -0.4 / (2 * 4 * 4)
+    torch.testing.assert_close(x_hat.grad, slope.expand_as(x_hat))
+    assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
+
+
+def test_frozen_ends_with_an_exception_too():
+    network = nn.Linear(1, 1)
+    with pytest.raises(KeyError), tv.frozen(network):
+        assert not any(p.requires_grad for p in network.parameters())
+        raise KeyError
+    assert all(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    "start, warmup, expected",
+    [
+        (3, 4, [0, 0, 0, 0.05, 0.1, 0.15, 0.2, 0.2, 0.2]),
+        (2, 0, [0, 0, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]),
+        (0, 2, [0.1, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]),
+        (0, 0, [0.2] * 9),
+        (100, 0, [0.0] * 9),
+    ],
+)
+def test_adversarial_weight_schedule(objectives, start, warmup, expected):
+    """0 before the start, a linear ramp, then constant. Red when `step + 1` becomes `step`, or the clamp at 1 goes."""
+    flags = ["--adversarial_weight=0.2", f"--discriminator_start={start}", f"--discriminator_warmup={warmup}"]
+    args = objectives(*flags)
+    weights = [tv.adversarial_weight(step, args) for step in range(9)]
+    assert weights == pytest.approx(expected)
+    assert all(weight == 0 for weight in weights[:start])  # exactly: the discriminator must not run
+    assert tv.adversarial_weight(10**6, args) == 0.2
+
+
+def test_gradient_shares_by_hand():
+    """Norms 2 x 5, 1 x 30 and 4 x 2.5 at x_hat. Red when the weight is left out, or terms with weight 0 count."""
+    x_hat = torch.zeros(2, requires_grad=True)
+    elsewhere = torch.ones(2, requires_grad=True)
+    terms = {
+        "pixel": (2.0, (x_hat * torch.tensor([3.0, 4.0])).sum()),
+        "perceptual": (1.0, -30 * x_hat[1]),
+        "adversarial": (4.0, (x_hat * torch.tensor([1.5, 2.0])).sum()),
+        "codebook": (1.0, (elsewhere**2).sum()),
+        "unused": (0.0, 1000 * x_hat.sum()),
+        "constant": (1.0, torch.tensor(7.0)),
+    }
+    shares = tv.gradient_shares(terms, x_hat)
+    assert shares == pytest.approx({"pixel": 10 / 50, "perceptual": 30 / 50, "adversarial": 10 / 50})
+    sum(weight * term for weight, term in terms.values()).backward()  # the graph is still there
+    assert x_hat.grad.tolist() == [3 * 2 + 1.5 * 4, 4 * 2 - 30 + 2 * 4]
+
+
+def test_gradient_shares_of_the_real_terms(objectives):
+    """l2 and the adversarial term of by_channel: |2 (x_hat - x) / n| and lambda / sqrt(patches)."""
+    args = objectives("--pixel_weight", "3", "--perceptual_weight", "0")
+    x, x_hat, codes = example()
+    terms = tv.generator_loss(x, x_hat, codes, None, by_channel, args, 0.6)[1]
+    pixel = 3 * np.linalg.norm(2 * (x_hat - x).detach().double().numpy() / x.numel())
+    adversarial = 0.6 / math.sqrt(2 * 4 * 4)
+    shares = tv.gradient_shares(terms, x_hat)
+    total = pixel + adversarial
+    assert shares == pytest.approx({"pixel": pixel / total, "adversarial": adversarial / total}, rel=1e-5)
+
+
+# ---- The perceptual loss
+
+
+def images(n=2, side=64, seed=0):
+    """Two batches [n, 3, side, side] in [-1, 1] that differ."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, 3, side // 8, side // 8, generator=rng) * 2 - 1
+    x = nn.functional.interpolate(x, scale_factor=8, mode="bilinear")
+    return x, (x + 0.2 * torch.randn(x.shape, generator=rng)).clamp(-1, 1)
+
+
+def build(name="test_resnet", layers=None, resolution=64):
+    torch.manual_seed(0)
+    return tv.PerceptualLoss(name, layers, "random", resolution)
+
+
+def shuffled_norms(backbone):
+    """Random statistics and biases, so that batch norms in training mode would show."""
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.normal_(module.bias, std=0.3)
+
+
+def numpy_distance(targets, maps):
+    """mean over layers and positions of the squared distance between features scaled to unit length."""
+    layers = []
+    for t, m in zip(targets, maps):
+        t, m = (f.detach().double().numpy() for f in (t, m))
+        t, m = (f / np.sqrt((f**2).sum(axis=1, keepdims=True) + 1e-10) for f in (t, m))
+        layers.append(((t - m) ** 2).sum(axis=1).mean())
+    return np.mean(layers)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
+def test_perceptual_loss_equals_numpy_on_raw_feature_maps(name):
+    """Features from timm directly. Red when channels are averaged, layers summed, or features not normalised."""
+    loss = build(name)
+    shuffled_norms(loss.backbone)
+    reference = timm.create_model(name, pretrained=False, features_only=True).eval()
+    reference.load_state_dict(loss.backbone.state_dict())
+    config = reference.pretrained_cfg
+    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    x, x_hat = images()
+    with torch.no_grad():
+        raw = [reference(((batch + 1) / 2 - mean) / std) for batch in (x, x_hat)]
+    assert len(raw[0]) >= 4
+    value = loss(x, x_hat)
+    assert value.shape == () and value.dtype == torch.float32
+    assert value.item() == pytest.approx(numpy_distance(*raw), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_perceptual_loss_is_zero_for_equal_images_only(name):
+    """Red when the target's features are taken from x_hat."""
+    loss = build(name)
+    x, x_hat = images()
+    assert loss(x, x).item() == 0
+    assert loss(x, x_hat).item() > 1e-3
+    assert loss(x, x_hat).item() == pytest.approx(loss(x_hat, x).item(), rel=1e-5)
+    nearer = x + 0.3 * (x_hat - x)
+    assert loss(x, nearer).item() < loss(x, x_hat).item()
+
+
+class Recorder(nn.Module):
+    """A backbone that hands its input on as its only feature map."""
+
+    def forward(self, x):
+        self.seen = x
+        return [x]
+
+
+@pytest.mark.parametrize(
+    "name, mean, std",
+    [
+        ("test_resnet", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("test_efficientnet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ],
+)
+def test_images_enter_the_backbone_with_its_own_mean_and_std(name, mean, std):
+    """Black and white in each channel, written out. Red when `/ 2 + 0.5` is left out, or mean and std are fixed."""
+    loss = build(name)
+    loss.backbone = Recorder()
+    for signed, unit in [(-1, 0.0), (1, 1.0), (0, 0.5)]:
+        loss.features(torch.full((1, 3, 8, 8), float(signed)))
+        expected = [(unit - m) / s for m, s in zip(mean, std)]
+        assert loss.backbone.seen[0, :, 4, 4].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_gradient_is_finite_where_all_channels_are_zero():
+    """A black position after the model's mean: features exactly 0. Red when epsilon moves outside the root."""
+    loss = build("test_resnet")  # mean 0.5: 0 in [-1, 1] becomes 0
+    loss.backbone = Recorder()
+    x, x_hat = images(1, 8)
+    x_hat = x_hat.clone()
+    x_hat[:, :, :4] = 0
+    x_hat.requires_grad_()
+    value = loss(x, x_hat)
+    assert (loss.backbone.seen == 0).all(dim=1).sum() == 4 * 8
+    value.backward()
+    assert value.isfinite() and x_hat.grad.isfinite().all()
+    assert x_hat.grad[:, :, 4:].abs().max() > 0
+
+
+def test_no_gradient_on_the_backbone_and_none_through_the_target():
+    """Red when `requires_grad_(False)` or the target's `no_grad` is left out."""
+    loss = build()
+    x, x_hat = (batch.requires_grad_() for batch in images())
+    loss(x, x_hat).backward()
+    assert x.grad is None
+    assert x_hat.grad.abs().max() > 0
+    parameters = list(loss.parameters())
+    assert parameters and all(p.grad is None and not p.requires_grad for p in parameters)
+
+
+def training_shows(loss):
+    """Whether a forward pass changes the backbone's statistics, or one image's features depend on its neighbour."""
+    before = {name: tensor.clone() for name, tensor in loss.backbone.state_dict().items()}
+    x, x_hat = images()
+    alone = loss(x[:1], x_hat[:1]) + loss(x[1:], x_hat[1:])
+    together = loss(x, x_hat)
+    moved = any(not torch.equal(before[name], tensor) for name, tensor in loss.backbone.state_dict().items())
+    return moved or not torch.allclose(alone / 2, together, rtol=1e-4)
+
+
+def test_backbone_is_in_eval_mode():
+    """Red when `.eval()` is left out."""
+    loss = build()
+    shuffled_norms(loss.backbone)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in loss.backbone.modules())
+    assert not training_shows(loss)
+
+
+def test_backbone_stays_in_eval_mode_when_a_parent_trains():
+    parent = nn.ModuleList([build()])
+    shuffled_norms(parent[0].backbone)
+    parent.train()
+    assert not training_shows(parent[0])
+
+
+def test_arithmetic_is_fp32_under_bf16_autocast():
+    """Raw maps in bf16, the distance as numpy has it in float64. Red when `at_least_fp32` is left out of features."""
+    loss = build()
+    shuffled_norms(loss.backbone)
+    maps = []
+    loss.backbone.register_forward_hook(lambda module, inputs, outputs: maps.append(outputs))
+    x, x_hat = images()
+    x_hat.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(x, x_hat)
+    assert all(f.dtype == torch.bfloat16 for layer in maps for f in layer)
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(numpy_distance(*[[f.float() for f in layer] for layer in maps]), rel=1e-5)
+    value.backward()
+    assert x_hat.grad.dtype == torch.float32 and x_hat.grad.isfinite().all()
+    assert value.item() == pytest.approx(loss(x, x_hat).item(), rel=0.05)  # and it is the same distance
+
+
+def test_backbones_of_fixed_size_get_images_of_that_size():
+    """64 pixels into a model that only takes 160. Red when the resizing is left out, or its antialiasing."""
+    loss = build("test_vit")
+    sizes = []
+    loss.backbone.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[-2:]))
+    x, x_hat = images()
+    assert loss(x, x_hat).item() > 0
+    assert sizes == [(160, 160)] * 2
+    loss.backbone = Recorder()
+    checkers = (torch.arange(480).view(-1, 1) + torch.arange(480)) % 2 * 2.0 - 1
+    loss.features(checkers.expand(1, 3, 480, 480))
+    assert loss.backbone.seen.abs()[..., 2:-2, 2:-2].max() < 0.3  # averaged to grey, not sampled as black and white
+
+
+@pytest.fixture(scope="module")
+def vgg16():
+    loss = build("vgg16")
+    for convolution in loss.backbone.children():
+        if isinstance(convolution, nn.Conv2d):
+            nn.init.normal_(convolution.bias, std=0.1)
+    return loss
+
+
+def torchmetrics_lpips(vgg16, monkeypatch):
+    """torchmetrics' LPIPS with its own heads on our random trunk."""
+    trunk = nn.Sequential(*vgg16.backbone.children())
+    monkeypatch.setattr(lpips, "_get_tv_model_features", lambda *args: trunk)
+    reference = lpips._LPIPS(pretrained=True, net="vgg", pnet_rand=True)
+    assert [len(part) for part in (reference.net.slice1, reference.net.slice5)] == [4, 7]
+    assert reference.lin0.model[-1].weight.std() > 0
+    return reference
+
+
+def test_vgg16_is_lpips(vgg16, monkeypatch):
+    """Against torchmetrics, per layer and whole. Red when layers are averaged, or two heads are exchanged."""
+    reference = torchmetrics_lpips(vgg16, monkeypatch)
+    x, x_hat = images()
+    with torch.no_grad():
+        total, parts = reference(x, x_hat, retperlayer=True)
+        assert len(parts) == 5 and all(part.min() > 0 for part in parts)
+        assert vgg16(x, x_hat).item() == pytest.approx(total.mean().item(), rel=1e-4)
+
+
+def test_lpips_heads_follow_the_layers_asked_for(vgg16, monkeypatch):
+    """Two of the five layers: the sum of their parts. Red when heads are taken from the front of the list."""
+    reference = torchmetrics_lpips(vgg16, monkeypatch)
+    x, x_hat = images()
+    heads = tv.lpips_heads(["features.8", "features.22"])
+    with torch.no_grad():
+        parts = reference(x, x_hat, retperlayer=True)[1]
+        t, f = vgg16.features(x), vgg16.features(x_hat)
+        ours = sum((w * (t[i] - f[i]) ** 2).sum(1).mean() for w, i in zip(heads, (1, 3)))
+    assert ours.item() == pytest.approx((parts[1] + parts[3]).mean().item(), rel=1e-4)
+    with pytest.raises(tv.UserError, match=r"features\.3, features\.8, features\.15"):
+        tv.lpips_heads(["features.5"])

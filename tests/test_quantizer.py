@@ -1,0 +1,624 @@
+"""The codebook: search, straight-through gradients, k-means, restarts, EMA, and the plain VQModel that is exported."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers.models.autoencoders.vae import VectorQuantizer
+
+import train_vqgan as tv
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def unequal_codes(codes, dim, seed=1, dtype=torch.float32):
+    """Codes of random direction, lengths from 0.05 to 20."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.logspace(np.log10(0.05), np.log10(20), codes)[torch.randperm(codes, generator=rng)]
+    return F.normalize(random(codes, dim, seed=seed), dim=1).to(dtype) * lengths.unsqueeze(1).to(dtype)
+
+
+def quantizer_with(weight, norm):
+    quantizer = tv.Quantizer(*weight.shape, norm).to(weight.dtype)
+    quantizer.embedding.weight.data = weight.clone()
+    return quantizer
+
+
+def grid(z, batch, height, width):
+    """[tokens, dim], rows of pixels first, to [batch, dim, height, width]."""
+    return z.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+# ---- Search
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("buffer_bytes", [64 << 20, 50 * 8 * 7, 1])
+def test_nearest_codes_is_the_brute_force_argmin(dtype, buffer_bytes):
+    """In one piece, in chunks of a few rows and of one. Red when `/ 2` is left out, or a chunk is dropped."""
+    z, codes = random(101, 5, dtype=dtype), unequal_codes(50, 5, dtype=dtype)
+    distances = np.linalg.norm(z.double().numpy()[:, None] - codes.double().numpy()[None], axis=2)
+    nearest, second = np.sort(distances, axis=1)[:, :2].T
+    assert (second - nearest).min() > 1e-5  # no ties, so that fp32 has to find the same
+    found = tv.nearest_codes(z, codes, buffer_bytes)
+    assert found.shape == (101,) and found.dtype == torch.long
+    assert found.tolist() == distances.argmin(axis=1).tolist()
+    assert len(set(found.tolist())) > 5
+
+
+def test_nearest_codes_works_in_bounded_memory(monkeypatch):
+    """No distance matrix exceeds buffer_bytes. Red when the split is left out."""
+    sizes = []
+    addmm = torch.addmm
+
+    def measured(*args, **kwargs):
+        result = addmm(*args, **kwargs)
+        sizes.append(result.nbytes)
+        return result
+
+    monkeypatch.setattr(torch, "addmm", measured)
+    tv.nearest_codes(random(1000, 4), random(64, 4, seed=1), buffer_bytes=10_000)
+    assert sum(sizes) == 1000 * 64 * 4 and max(sizes) <= 10_000
+
+
+# ---- Quantizer.forward
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_forward_gives_the_nearest_codes_in_place(norm):
+    """z_q is the code at every position, Codes and indices in the same order. Red when height and width swap."""
+    z, weight = random(2 * 3 * 5, 4), unequal_codes(12, 4)
+    codebook = F.normalize(weight, dim=1) if norm == "l2" else weight
+    z_q, codes, (_, _, indices) = quantizer_with(weight, norm)(grid(z, 2, 3, 5))
+    expected = torch.cdist(z.double(), codebook.double()).argmin(1)
+    assert expected.unique().numel() >= 4
+    if norm == "l2":  # cosine, and not what the unscaled codes would give
+        assert expected.tolist() == (z @ codebook.T).argmax(1).tolist()
+        assert expected.tolist() != torch.cdist(z, weight).argmin(1).tolist()
+    assert isinstance(codes, tv.Codes)
+    assert indices.tolist() == codes.indices.tolist() == expected.tolist()
+    assert z_q.shape == (2, 4, 3, 5)
+    torch.testing.assert_close(z_q, grid(codebook[expected], 2, 3, 5))
+    torch.testing.assert_close(codes.z, z)
+    torch.testing.assert_close(codes.e, codebook[expected])
+    assert z_q.dtype == codes.z.dtype == codes.e.dtype == torch.float32
+
+
+def test_straight_through_gradient_without_norm_is_the_identity():
+    """Red when the straight-through `.detach()` is dropped: the codebook would move with the reconstruction."""
+    quantizer = quantizer_with(unequal_codes(12, 4, dtype=torch.float64), "none")
+    z = grid(random(30, 4, dtype=torch.float64), 2, 3, 5).requires_grad_()
+    slope = random(2, 4, 3, 5, seed=3, dtype=torch.float64)
+    (quantizer(z)[0] * slope).sum().backward()
+    torch.testing.assert_close(z.grad, slope)
+    assert quantizer.embedding.weight.grad is None or quantizer.embedding.weight.grad.abs().max() == 0
+
+
+def test_straight_through_gradient_with_l2_is_that_of_the_direction():
+    """(g - u u.g) / |z| with u = z / |z|, in numpy. Red when `through` stays z."""
+    quantizer = quantizer_with(unequal_codes(12, 4, dtype=torch.float64), "l2")
+    z = random(30, 4, dtype=torch.float64).requires_grad_()
+    slope = random(30, 4, seed=3, dtype=torch.float64)
+    (quantizer(grid(z, 2, 3, 5))[0] * grid(slope, 2, 3, 5)).sum().backward()
+    length = np.linalg.norm(z.detach().numpy(), axis=1, keepdims=True)
+    u, g = z.detach().numpy() / length, slope.numpy()
+    expected = (g - u * (u * g).sum(axis=1, keepdims=True)) / length
+    np.testing.assert_allclose(z.grad.numpy(), expected, rtol=1e-9, atol=1e-12)
+    assert quantizer.embedding.weight.grad is None or quantizer.embedding.weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_codebook_and_commitment_gradients_through_codes(norm):
+    """Codes.e leads to the chosen rows only, through their norm with l2; Codes.z to the latents as they are.
+
+    Red when Codes holds a detached e, or scaled z.
+    """
+    weight = unequal_codes(12, 4, dtype=torch.float64)
+    quantizer = quantizer_with(weight, norm)
+    z = random(30, 4, dtype=torch.float64).requires_grad_()
+    codes = quantizer(grid(z, 2, 3, 5))[1]
+    slope = random(30, 4, seed=3, dtype=torch.float64)
+    (codes.e * slope).sum().backward()
+    g = np.zeros((12, 4))
+    np.add.at(g, codes.indices.numpy(), slope.numpy())
+    if norm == "l2":
+        length = np.linalg.norm(weight.numpy(), axis=1, keepdims=True)
+        u = weight.numpy() / length
+        g = (g - u * (u * g).sum(axis=1, keepdims=True)) / length
+    np.testing.assert_allclose(quantizer.embedding.weight.grad.numpy(), g, rtol=1e-9, atol=1e-12)
+    assert z.grad is None or z.grad.abs().max() == 0
+    (codes.z * slope).sum().backward()
+    torch.testing.assert_close(z.grad, slope)
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_search_is_fp32_inside_bf16_autocast(norm):
+    """bf16 latents among close codes. Red when the quantiser no longer disables autocast, or leaves z in bf16."""
+    z = random(400, 4).bfloat16()
+    weight = random(4096, 4, seed=1)
+    codebook = F.normalize(weight, dim=1) if norm == "l2" else weight
+    expected = torch.cdist(z.double(), codebook.double()).argmin(1)
+    in_bf16 = (codebook.square().sum(1) / 2 - z @ codebook.bfloat16().T).argmin(1)
+    assert (in_bf16 != expected).sum() > 20  # a search in bf16 would show
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (z @ weight.T).dtype == torch.bfloat16
+        z_q, codes, _ = quantizer_with(weight, norm)(grid(z, 1, 20, 20))
+    assert z_q.dtype == codes.z.dtype == codes.e.dtype == torch.float32
+    assert codes.indices.tolist() == expected.tolist()
+    torch.testing.assert_close(z_q, grid(codebook[expected], 1, 20, 20))
+
+
+def test_zero_latents_and_zero_codes_stay_finite():
+    """Nothing is divided by a length of 0."""
+    weight = unequal_codes(12, 4)
+    weight[3] = 0
+    quantizer = quantizer_with(weight, "l2")
+    z = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    z_q, codes, _ = quantizer(z)
+    (z_q.sum() + codes.e.sum()).backward()
+    assert z_q.isfinite().all() and z.grad.isfinite().all() and quantizer.embedding.weight.grad.isfinite().all()
+
+
+# ---- Inside a VQModel
+
+
+def generator_and_args(flags, *more):
+    args = tv.parse_args([*flags, *more])
+    torch.manual_seed(0)
+    return tv.build_generator(args), args
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_vqmodel_hands_codes_through_its_loss_slot(flags, precision):
+    """Also when accelerate wraps the forward pass. Red when `forward` returns anything else in second place."""
+    generator, _ = generator_and_args(flags)
+    x = random(3, 3, 16, 16)
+    prepared = Accelerator(cpu=True, mixed_precision=precision).prepare(generator)
+    x_hat, codes = prepared(x, return_dict=False)
+    assert x_hat.shape == x.shape and x_hat.dtype == torch.float32
+    assert isinstance(codes, tv.Codes)
+    assert codes.z.shape == codes.e.shape == (3 * 8 * 8, 4) and codes.indices.shape == (3 * 8 * 8,)
+    assert codes.z.dtype == codes.e.dtype == torch.float32 and codes.indices.dtype == torch.long
+    if precision == "no":
+        torch.testing.assert_close(grid(codes.z, 3, 8, 8), generator.encode(x).latents)
+
+
+@pytest.mark.parametrize(
+    "term, moved",
+    [
+        ("pixel", ["encoder", "quant_conv", "post_quant_conv", "decoder"]),
+        ("codebook", ["quantize"]),
+        ("commitment", ["encoder", "quant_conv"]),
+    ],
+)
+def test_each_term_moves_its_part_of_the_model(flags, term, moved):
+    """Every parameter of these parts and no other. Red when Codes or the straight-through is detached, or e is not."""
+    weights = {"pixel": 0, "perceptual": 0, "codebook": 0, "commitment": 0, term: 1}
+    generator, args = generator_and_args(flags, *(f"--{name}_weight={weight}" for name, weight in weights.items()))
+    x = random(2, 3, 16, 16)
+    x_hat, codes = generator(x, return_dict=False)
+    tv.generator_loss(x, x_hat, codes, None, None, args, 0.0)[0].backward()
+    gradients = {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in generator.named_parameters()}
+    assert {name for name, size in gradients.items() if size > 0} == {n for n in gradients if n.split(".")[0] in moved}
+
+
+# ---- k-means
+
+
+def clusters(norm, k=6, each=50):
+    """Well separated clusters: points [k x each, 3] in random order, centres [k, 3]."""
+    centres = F.normalize(random(k, 3, seed=8), dim=1) * 10
+    distances = torch.cdist(F.normalize(centres, dim=1), F.normalize(centres, dim=1)) + 2 * torch.eye(k)
+    assert distances.min() > 0.5
+    points = centres.repeat_interleave(each, 0) + 0.05 * random(k * each, 3, seed=9)
+    if norm == "l2":
+        points = points * (0.2 + random(k * each, 1, seed=10).abs())
+    return points[torch.randperm(k * each, generator=torch.Generator().manual_seed(2))], centres
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_kmeans_finds_well_separated_clusters(norm):
+    """Twice as many centres as clusters: none is missed. Red when the loop, or for norm none the division, is left out."""
+    points, centres = clusters(norm)
+    means = tv.kmeans(points, 12, 20, norm, torch.Generator().manual_seed(0))
+    onto = F.normalize(points, dim=1) if norm == "l2" else points
+    error = torch.cdist(onto, means).amin(1).square().mean()
+    radius = (onto - (F.normalize(centres, dim=1) if norm == "l2" else centres)[_nearest(onto, centres)]).norm(dim=1)
+    assert means.shape == (12, 3)
+    assert error < radius.square().mean()  # at least as good as the true centres
+    drawn = onto[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:12]]
+    assert error < 0.7 * torch.cdist(onto, drawn).amin(1).square().mean()  # better than points drawn at random
+
+
+def _nearest(points, centres):
+    return (F.normalize(points, dim=1) @ F.normalize(centres, dim=1).T).argmax(1)
+
+
+def test_kmeans_stops_at_the_means_of_its_clusters():
+    """Lloyd's fixed point, checked in numpy. Red when sums are not divided by counts."""
+    points, _ = clusters("none")
+    means = tv.kmeans(points, 12, 50, "none", torch.Generator().manual_seed(0)).numpy()
+    nearest = ((points.numpy()[:, None] - means[None]) ** 2).sum(2).argmin(1)
+    assert len(set(nearest)) == 12
+    for k in range(12):
+        np.testing.assert_allclose(means[k], points.numpy()[nearest == k].mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_kmeans_on_the_sphere_gives_unit_rows():
+    """Also after the mean of a wide cluster. Red when the centres are not normalised again."""
+    means = tv.kmeans(random(200, 4) * 5, 6, 5, "l2", torch.Generator().manual_seed(0))
+    torch.testing.assert_close(means.norm(dim=1), torch.ones(6))
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_kmeans_with_fewer_points_than_centres(norm):
+    """Every point is a centre, copies differ a little. Red when the noise or the `repeat` is left out."""
+    points = random(5, 4) * 3
+    means = tv.kmeans(points, 16, 5, norm, torch.Generator().manual_seed(0))
+    onto = F.normalize(points, dim=1) if norm == "l2" else points
+    assert means.shape == (16, 4) and means.isfinite().all()
+    assert torch.cdist(onto, means).amin(1).max() < 0.1 * onto.std()
+    assert torch.cdist(means, onto).amin(1).max() < 0.1 * onto.std()
+    assert len(means.unique(dim=0)) == 16
+
+
+def test_kmeans_is_drawn_from_its_generator_alone():
+    """Every process must get the same codes. Red when `generator=` is left out of `randperm`."""
+    points = random(100, 4)
+    first, again, other = (tv.kmeans(points, 16, 1, "l2", torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+# ---- Export
+
+
+def striking(generator, latent_scale=1.0, dtype=torch.float32):
+    """Give the generator codes of very different lengths, wide latents and reconstructions with contrast."""
+    weight = generator.quantize.embedding.weight
+    weight.data = unequal_codes(*weight.shape, dtype=dtype)
+    generator.quant_conv.weight.data *= 3 * latent_scale
+    generator.post_quant_conv.weight.data *= 3
+    generator.decoder.conv_out.weight.data *= 4
+
+
+@torch.no_grad()
+def grey_levels(model, x):
+    """Reconstructions in 0..255, through encode and decode."""
+    return ((model.decode(model.encode(x).latents).sample / 2 + 0.5).clamp(0, 1) * 255).round()
+
+
+def assert_same_images(plain, trained):
+    """At most one grey level, in at most one pixel of a thousand."""
+    assert trained.std() > 20 and trained.unique().numel() > 100  # there is something to see
+    difference = (plain - trained).abs()
+    assert difference.max() <= 1
+    assert difference.amax(dim=1).gt(0).double().mean() <= 1e-3
+
+
+def reload(model, folder):
+    """Saved, and loaded by diffusers alone."""
+    model.save_pretrained(folder)
+    loaded = diffusers.VQModel.from_pretrained(folder)
+    assert type(loaded) is diffusers.VQModel and type(loaded.quantize) is VectorQuantizer
+    assert not [m for m in loaded.modules() if type(m).__module__.startswith("train_vqgan")]
+    return loaded
+
+
+def change_model(flags, **config):
+    """Change the tiny model's config."""
+    path = Path(flags[flags.index("--model_config_name_or_path") + 1])
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+@pytest.mark.parametrize("latent_scale", [1, 10])
+def test_plain_vqmodel_gives_the_same_images(flags, tmp_path, norm, latent_scale):
+    """4,096 latents among 1,024 codes. Red when plain_vqmodel takes embedding.weight unfolded (l2).
+
+    For norm none: red when the training search drops `half_squares`.
+    """
+    change_model(flags, num_vq_embeddings=1024)
+    generator, _ = generator_and_args(flags, "--codebook_norm", norm)
+    striking(generator, latent_scale)
+    generator.eval()
+    x = random(4, 3, 64, 64).clamp(-1, 1)
+    trained = grey_levels(generator, x)
+    chosen = generator.quantize(generator.encode(x).latents)[1].indices
+    assert chosen.unique().numel() > 50
+    plain = reload(tv.plain_vqmodel(generator), tmp_path / "plain")
+    assert plain.config.num_vq_embeddings == 1024
+    assert_same_images(grey_levels(plain, x), trained)
+    with torch.no_grad():
+        forward = ((plain(x).sample / 2 + 0.5).clamp(0, 1) * 255).round()
+    assert_same_images(forward, trained)
+    if norm == "l2":  # the fold matters: with the unscaled codes the images are others
+        plain.quantize.embedding.weight.data = generator.quantize.embedding.weight.data
+        assert (grey_levels(plain, x) - trained).abs().mean() > 5
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_plain_vqmodel_of_the_ema_weights(flags, tmp_path, norm):
+    """Inside ema_weights the EMA is exported, afterwards the weights. Red when the swap, or one of the two, is gone."""
+    generator, args = generator_and_args(flags, "--codebook_norm", norm)
+    striking(generator)
+    state = tv.TrainingState(generator, tv.build_discriminator(args), args, torch.device("cpu"))
+    state.start_ema(0.9)
+    for i, shadow in enumerate(state.ema.shadow_params):
+        shadow += 0.3 * shadow.std().nan_to_num(0.1) * random(*shadow.shape, seed=i)
+    generator.eval()
+    x = random(4, 3, 64, 64).clamp(-1, 1)
+    without = grey_levels(generator, x)
+    with tv.ema_weights(state):
+        averaged = grey_levels(generator, x)
+        plain = tv.plain_vqmodel(generator)
+    assert (averaged - without).abs().mean() > 5  # the two are different models
+    assert torch.equal(grey_levels(generator, x), without)
+    assert_same_images(grey_levels(reload(plain, tmp_path / "ema"), x), averaged)
+    assert_same_images(grey_levels(reload(tv.plain_vqmodel(generator), tmp_path / "raw"), x), without)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"scaling_factor": 0.18215},
+        {},
+    ],
+)
+def test_plain_vqmodel_takes_config_overrides(flags, tmp_path, named):
+    """The measured scaling_factor is saved whether or not the config named one. Red when `| config` is left out."""
+    change_model(flags, **named)
+    generator, _ = generator_and_args(flags)
+    assert reload(tv.plain_vqmodel(generator, scaling_factor=0.5), tmp_path / "plain").config.scaling_factor == 0.5
+
+
+def test_exported_weights_do_not_follow_the_training(flags):
+    """The plain model owns its tensors."""
+    generator, _ = generator_and_args(flags, "--codebook_norm", "none")
+    plain = tv.plain_vqmodel(generator)
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+def test_ema_weights_swaps_back_after_an_exception(flags):
+    """Red when the second swap is not in a `finally`."""
+    generator, args = generator_and_args(flags)
+    state = tv.TrainingState(generator, tv.build_discriminator(args), args, torch.device("cpu"))
+    state.start_ema(0.9)
+    with torch.no_grad():
+        for shadow in state.ema.shadow_params:
+            shadow.add_(1)
+    weights = [p.detach().clone() for p in generator.parameters()]
+    shadows = [s.clone() for s in state.ema.shadow_params]
+    identities = [id(p) for p in generator.parameters()]
+    with pytest.raises(KeyError), tv.ema_weights(state):
+        assert all(torch.equal(p, s) for p, s in zip(generator.parameters(), shadows))
+        raise KeyError
+    assert all(torch.equal(p, w) for p, w in zip(generator.parameters(), weights))
+    assert all(torch.equal(a, b) for a, b in zip(state.ema.shadow_params, shadows))
+    assert [id(p) for p in generator.parameters()] == identities  # the optimiser still owns them
+
+
+def test_ema_weights_without_ema_changes_nothing(flags):
+    generator, args = generator_and_args(flags)
+    state = tv.TrainingState(generator, tv.build_discriminator(args), args, torch.device("cpu"))
+    weights = [p.detach().clone() for p in generator.parameters()]
+    with tv.ema_weights(state):
+        assert all(torch.equal(p, w) for p, w in zip(generator.parameters(), weights))
+
+
+# ---- Dead codes
+
+CODES, DIM = 32, 4
+DEAD = [0, 5, 6, 31]
+
+
+def moving_parts(state):
+    """Copies of everything of the codebook that training moves, and of all other weights."""
+    weight = state.quantizer.embedding.weight
+    moments = state.optimizers["generator"].optimizer.state[weight]
+    shadow = next(s for s, p in zip(state.ema.shadow_params, state.generator.parameters()) if p is weight)
+    others = [p.detach().clone() for p in state.generator.parameters() if p is not weight]
+    others += [s.clone() for s, p in zip(state.ema.shadow_params, state.generator.parameters()) if p is not weight]
+    for p in state.generator.parameters():
+        if p is not weight:
+            others += [m.clone() for m in state.optimizers["generator"].optimizer.state[p].values()]
+    parts = {"weight": weight.detach(), "ema": shadow, "mean": moments["exp_avg"], "square": moments["exp_avg_sq"]}
+    return SimpleNamespace(**{k: v.clone() for k, v in parts.items()}, others=others, steps=float(moments["step"]))
+
+
+@pytest.fixture
+def trained(flags):
+    """trained(norm) -> accelerator, state after two updates, with codes DEAD chosen rarely or never."""
+
+    def build(norm="l2", tokens=1000 * CODES):
+        generator, args = generator_and_args(flags, "--codebook_norm", norm)
+        accelerator = Accelerator(cpu=True)
+        state = tv.TrainingState(generator, tv.build_discriminator(args), args, accelerator.device)
+        state.start_ema(0.9)
+        state.optimizers = {k: accelerator.prepare_optimizer(v) for k, v in state.optimizers.items()}
+        for i in range(2):
+            for j, p in enumerate(generator.parameters()):
+                p.grad = random(*p.shape, seed=100 * i + j)
+            state.optimizers["generator"].step()
+            state.ema.step(generator.parameters())
+        counts = torch.full((CODES,), 1100)
+        counts[DEAD] = torch.tensor([0, 20, 0, 1])  # 2 % of uniform use and less
+        counts[[1, 30]] = torch.tensor([50, 60])  # 5 % and more: rare, not dead
+        state.restart_counts += counts
+        state.restart_tokens = tokens
+        state.step = 7
+        parts = moving_parts(state)
+        assert parts.weight.shape == (CODES, DIM) and parts.steps == 2
+        assert all((part[DEAD] != 0).all() for part in (parts.mean, parts.square))
+        assert not torch.equal(parts.ema, parts.weight)
+        return accelerator, state
+
+    return build
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_dead_codes_move_onto_latents_and_live_ones_stay(trained, norm):
+    """Red when a moment or the EMA row stays, a live row moves, or (l2) latents are not scaled to unit length."""
+    accelerator, state = trained(norm)
+    z = random(500, DIM, seed=4) * 3
+    before = moving_parts(state)
+    tv.restart_dead_codes(accelerator, state, z)
+    after = moving_parts(state)
+    live = [i for i in range(CODES) if i not in DEAD]
+    pool = F.normalize(z, dim=1) if norm == "l2" else z
+    distances = torch.cdist(after.weight[DEAD].double(), pool.double())
+    assert distances.amin(1).max() < 1e-6
+    assert len(set(distances.argmin(1).tolist())) == len(DEAD)  # each on a latent of its own
+    assert torch.equal(after.ema[DEAD], after.weight[DEAD])
+    assert not after.mean[DEAD].any() and not after.square[DEAD].any()
+    for part in ("weight", "ema", "mean", "square"):
+        assert torch.equal(getattr(after, part)[live], getattr(before, part)[live]), part
+    assert after.steps == before.steps
+    assert all(torch.equal(a, b) for a, b in zip(after.others, before.others))
+
+
+def test_restart_empties_its_counters(trained):
+    """Red when one of them is not reset."""
+    accelerator, state = trained()
+    tv.restart_dead_codes(accelerator, state, random(500, DIM))
+    assert state.restart_tokens == 0 and not state.restart_counts.any()
+    moved = state.averages.read(accelerator)
+    assert moved["codebook/restarted"] == len(DEAD)
+
+
+@pytest.mark.parametrize("tokens, acts", [(0, False), (8 * CODES - 1, False), (8 * CODES, True)])
+def test_no_restart_before_enough_tokens_were_counted(trained, tokens, acts):
+    """8 x codes. Red when the check, or its 8, is left out."""
+    accelerator, state = trained(tokens=tokens)
+    before, counts = moving_parts(state), state.restart_counts.clone()
+    tv.restart_dead_codes(accelerator, state, random(500, DIM))
+    after = moving_parts(state)
+    for part in ("weight", "ema", "mean", "square"):
+        assert torch.equal(getattr(after, part), getattr(before, part)) != acts, part
+    assert (state.restart_tokens == tokens and torch.equal(state.restart_counts, counts)) != acts
+
+
+def test_no_dead_codes_no_change(trained):
+    accelerator, state = trained()
+    state.restart_counts.fill_(1000)
+    before = moving_parts(state)
+    tv.restart_dead_codes(accelerator, state, random(500, DIM))
+    after = moving_parts(state)
+    for part in ("weight", "ema", "mean", "square"):
+        assert torch.equal(getattr(after, part), getattr(before, part))
+
+
+def test_more_dead_codes_than_latents(trained):
+    """Latents are taken in turn. Red when the `%` is left out."""
+    accelerator, state = trained("none")
+    state.restart_counts.zero_()
+    state.restart_counts[3] = 32000
+    z = random(5, DIM, seed=4)
+    tv.restart_dead_codes(accelerator, state, z)
+    weight = state.quantizer.embedding.weight.detach()
+    dead = [i for i in range(CODES) if i != 3]
+    distances = torch.cdist(weight[dead].double(), z.double())
+    assert distances.amin(1).max() < 1e-6
+    assert sorted(distances.argmin(1).bincount(minlength=5).tolist()) == [6, 6, 6, 6, 7]
+
+
+def test_restart_is_the_same_on_every_process_and_another_at_every_step(trained):
+    """Whatever the global generator says. Red when `generator=` is left out of `randperm`."""
+    drawn = []
+    for step, seed in [(7, 0), (7, 1), (8, 1)]:
+        accelerator, state = trained()
+        state.step = step
+        torch.manual_seed(seed)
+        tv.restart_dead_codes(accelerator, state, random(500, DIM))
+        drawn.append(state.quantizer.embedding.weight.detach().clone())
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
+def test_restarted_codes_train_on(trained):
+    """The search can choose every moved code, and the optimiser steps on from zero. Red when moments stay."""
+    accelerator, state = trained("l2")
+    z = random(500, DIM, seed=4)
+    tv.restart_dead_codes(accelerator, state, z)
+    with torch.no_grad():
+        chosen = state.quantizer(grid(z, 1, 20, 25))[1].indices
+    assert set(DEAD) <= set(chosen.tolist())
+    weight = state.quantizer.embedding.weight
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    state.optimizers["generator"].step()
+    step = (before - weight.detach())[DEAD]
+    assert step.isfinite().all() and (step > 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_restart_does_not_take_latents_that_are_not_finite(trained, bad):
+    """One NaN code is nearest to everything, for ever."""
+    accelerator, state = trained("none")
+    z = random(20, DIM, seed=4)
+    z[1::2] = bad
+    state.restart_counts.zero_()
+    state.restart_counts[3] = 32000
+    tv.restart_dead_codes(accelerator, state, z)
+    assert state.quantizer.embedding.weight.isfinite().all()
+
+
+# ---- Initialisation from data
+
+
+@pytest.fixture
+def initialised(flags, photos):
+    """initialised(norm) -> state, latents [tokens, dim] of the first images, weights before."""
+
+    def build(norm, *more):
+        generator, args = generator_and_args(flags, "--codebook_norm", norm, *more)
+        accelerator = Accelerator(cpu=True)
+        state = tv.TrainingState(generator, tv.build_discriminator(args), args, accelerator.device)
+        generator.quant_conv.weight.data *= 5
+        generator.quant_conv.bias.data += 3  # latents lie nowhere near the codes
+        before = state.quantizer.embedding.weight.detach().clone()
+        items = tv.list_images(photos)
+        torch.seed()  # the global generator has no say
+        tv.initialise_codebook(accelerator, state, items, args)
+        images = torch.stack([tv.SampleStream(items, args)[g] for g in range(2)])
+        x = tv.to_signed(images, "cpu")
+        with torch.no_grad():
+            z = generator.encode(x / 2 + 0.5 if args.pixel_range == "unit" else x).latents
+        return state, z.permute(0, 2, 3, 1).reshape(-1, DIM), before
+
+    return build
+
+
+@pytest.mark.parametrize("pixel_range", ["signed", "unit"])
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_initial_codes_lie_among_the_latents(initialised, norm, pixel_range):
+    """The first batch holds enough. Red when the range of the pixels is ignored, or the codes are not copied."""
+    state, z, before = initialised(norm, "--pixel_range", pixel_range)
+    codes = state.quantizer.embedding.weight.detach()
+    pool = F.normalize(z, dim=1) if norm == "l2" else z
+    assert codes.requires_grad is False and state.quantizer.embedding.weight.requires_grad
+    error = torch.cdist(pool, codes).amin(1).square().mean()
+    assert torch.cdist(pool, before).amin(1).square().mean() > 20 * error
+    drawn = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:CODES]]
+    assert error < torch.cdist(pool, drawn).amin(1).square().mean()  # better than latents drawn at random
+    assert torch.cdist(codes, pool).amin(1).max() < torch.cdist(pool, pool).median()
+    if norm == "l2":
+        torch.testing.assert_close(codes.norm(dim=1), torch.ones(CODES))
+    chosen = state.quantizer(grid(z, 2, 8, 8))[1].indices
+    assert chosen.unique().numel() == CODES
+
+
+def test_initial_codes_are_drawn_by_seed(initialised):
+    """Red when k-means draws from the global generator."""
+    first, again, other = (initialised("l2", "--seed", seed)[0].quantizer.embedding.weight for seed in ("3", "3", "4"))
+    assert torch.equal(first, again) and not torch.equal(first, other)

@@ -1,0 +1,62 @@
+"""The README: its commands parse, its JSON is JSON, its links lead somewhere, its flags exist."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+import train_vqgan
+
+TEXT = (REPOSITORY / "README.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+    if "train_vqgan.py" in line
+]
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command, tmp_path, monkeypatch, photos):
+    monkeypatch.chdir(REPOSITORY)
+    words = shlex.split(command, comments=True)
+    argv = words[words.index("train_vqgan.py") + 1 :]
+    argv = [str(photos) if word.startswith("path/to") else word for word in argv]
+    argv = [word.replace("=path/to/photos", f"={photos}") for word in argv]
+    if "--resume_from_checkpoint" not in argv:
+        argv += ["--output_dir", str(tmp_path)]
+    train_vqgan.parse_args([*argv, "--resume_from_checkpoint", "latest", "--output_dir", str(tmp_path)])
+
+
+def test_json_blocks():
+    blocks = re.findall(r"```json\n(.*?)```", TEXT, re.S)
+    assert blocks and all(json.loads(block) for block in blocks)
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", TEXT) if "://" not in link]
+    links += re.findall(r'src="([^"]+)"', TEXT)
+    assert links and not [link for link in links if not (REPOSITORY / link).exists()]
+
+
+def test_flags_exist():
+    """Every --flag in the README and the recipes is one of the script's or of its launchers'."""
+    texts = [TEXT, *(path.read_text() for path in (REPOSITORY / "recipes").iterdir())]
+    named = {flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z0-9_]+", text)}
+    known = set(re.findall(r'add\("(--\w+)"', Path(train_vqgan.__file__).read_text()))
+    launchers = {"--help", "--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
+    assert named - known - launchers - set(train_vqgan.REMOVED_FLAGS) == set()
+
+
+def test_every_bundled_photograph_is_credited():
+    text = (REPOSITORY / "images" / "CREDITS.md").read_text()
+    for path in [*(REPOSITORY / "images").glob("*.jpg"), *(REPOSITORY / "images" / "train").iterdir()]:
+        stem = re.sub(r"_\d+$", "", path.stem)
+        assert re.search(rf"`{re.escape(stem)}(_\d+)?\.jpg`", text), path.name
