@@ -34,7 +34,6 @@ import random
 import re
 import shlex
 import shutil
-import struct
 import sys
 import time
 import uuid
@@ -72,7 +71,7 @@ from discriminator import Discriminator
 logger = logging.getLogger("train_vqgan")
 
 REPOSITORY = Path(__file__).resolve().parent
-UNREADABLE = (OSError, ValueError, SyntaxError, struct.error, PIL.Image.DecompressionBombError)  # what Pillow raises
+UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)  # what Pillow raises
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 DEFAULT_VQMODEL = {
@@ -95,6 +94,11 @@ DEFAULT_VQMODEL = {
 
 class UserError(Exception):
     """Something the user can mend: shown as one line, exit status 2."""
+
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
 
 
 # ---- Flags ---------------------------------------------------------------------------------------------------------
@@ -262,55 +266,49 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Fill in defaults that depend on other flags; raise UserError for what cannot work."""
-    if args.dataset_name and args.train_data_dir:
-        raise UserError("--dataset_name and --train_data_dir: give one of them")
-    if args.streaming and not args.dataset_name:
-        raise UserError("--streaming: needs --dataset_name")
-    if args.streaming and not args.max_train_steps:
-        raise UserError("--streaming: needs --max_train_steps, as the length of the data is not known")
-    if args.streaming and args.max_train_samples:
-        raise UserError("--max_train_samples: does not go with --streaming")
-    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
-        raise UserError(f"--train_data_dir: no such folder: {args.train_data_dir}")
+    output, resume, pretrained = Path(args.output_dir), args.resume_from_checkpoint, args.pretrained_model_name_or_path
+    require(not (args.dataset_name and args.train_data_dir), "--dataset_name and --train_data_dir: give one of them")
+    require(not args.streaming or args.dataset_name, "--streaming: needs --dataset_name")
+    require(
+        not args.streaming or args.max_train_steps, "--streaming: needs --max_train_steps; the data has no known end"
+    )
+    require(not (args.streaming and args.max_train_samples), "--max_train_samples: does not go with --streaming")
+    folder = args.train_data_dir
+    require(folder is None or Path(folder).is_dir(), f"--train_data_dir: no such folder: {folder}")
     for path in args.validation_images:
-        if not Path(path).is_file():
-            raise UserError(f"--validation_images: no such file: {path}")
+        require(Path(path).is_file(), f"--validation_images: no such file: {path}")
     for flag in ("model_config_name_or_path", "discriminator_config_name_or_path"):
-        value = getattr(args, flag)
-        if value and value.endswith(".json") and not Path(value).is_file():
-            raise UserError(f"--{flag}: no such file: {value}")
-    if args.pretrained_model_name_or_path and args.model_config_name_or_path:
-        raise UserError("--model_config_name_or_path: a pretrained model brings its own config; give one of them")
-    if args.timm_model_layers == "head":
-        raise UserError("--timm_model_layers: 'head' is no feature layer; leave it out for all stages, or name some")
-    if (args.hub_token or args.hub_model_id) and not args.push_to_hub:
-        raise UserError("--hub_token and --hub_model_id: need --push_to_hub")
-    if args.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError("--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
+        path = getattr(args, flag) or ""
+        require(not path.endswith(".json") or Path(path).is_file(), f"--{flag}: no such file: {path}")
+    both = pretrained and args.model_config_name_or_path
+    require(not both, "--model_config_name_or_path: a pretrained model brings its own config; give one of them")
+    require(
+        args.timm_model_layers != "head", "--timm_model_layers: 'head' is no feature layer; leave it out for all stages"
+    )
+    hub = args.push_to_hub or not (args.hub_token or args.hub_model_id)
+    require(hub, "--hub_token and --hub_model_id: need --push_to_hub")
+    bits = not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes")
+    require(bits, "--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
     try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        probe = Path(args.output_dir) / f".writable-{os.getpid()}"
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"--output_dir: cannot write to {args.output_dir}: {error.strerror}") from None
-    resume = args.resume_from_checkpoint
-    if resume and resume != "latest" and not is_checkpoint(Path(resume)):
-        raise UserError(
-            f"--resume_from_checkpoint: {resume} is not a finished checkpoint; found: {found_checkpoints(args)}"
-        )
-    if not resume and (checkpoints(args.output_dir) or (Path(args.output_dir) / "metrics.jsonl").exists()):
-        raise UserError(
-            f"--output_dir: {args.output_dir} already holds a run; "
-            "add --resume_from_checkpoint latest to go on with it, or choose another directory"
-        )
-    pretrained = args.pretrained_model_name_or_path is not None
+        raise UserError(f"--output_dir: cannot write to {output}: {error.strerror}") from None
+    found = ", ".join(str(path) for path in checkpoints(output)) or f"none in {output}"
+    finished = resume in (None, "latest") or is_checkpoint(Path(resume))
+    require(finished, f"--resume_from_checkpoint: {resume} is not a finished checkpoint; found: {found}")
+    require(
+        resume or not (checkpoints(output) or (output / "metrics.jsonl").exists()),
+        f"--output_dir: {output} already holds a run; add --resume_from_checkpoint latest to go on with it, "
+        "or choose another directory",
+    )
     args.codebook_init = args.codebook_init or ("keep" if pretrained else "kmeans")
     args.codebook_norm = args.codebook_norm or ("none" if pretrained else "l2")
     if args.codebook_restart_steps is None:
         args.codebook_restart_steps = 0 if pretrained else 100
-    if args.codebook_init == "keep" and not pretrained:
-        raise UserError("--codebook_init keep: needs --pretrained_model_name_or_path")
+    require(pretrained or args.codebook_init != "keep", "--codebook_init keep: needs --pretrained_model_name_or_path")
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------------
@@ -338,7 +336,10 @@ def permute(i, n, seed):
 
 def to_rgb(image):
     """Any PIL image to RGB: EXIF orientation applied, 16-bit and float scaled to 8, transparency on white."""
-    image = PIL.ImageOps.exif_transpose(image)
+    try:
+        image = PIL.ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF, of several kinds, in a good image
+        logger.debug("ignored unreadable EXIF")
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float64)
         peak = values.max(initial=0)
@@ -435,6 +436,7 @@ def remote_batches(dataset, args, start, rank, world, threads):
                 if g >= start and (g - start) % world == rank:
                     yield example[args.image_column], g
                 g += 1
+            require(g > 0, f"--dataset_name: {args.dataset_name} has no images in its train split")
 
     def load(item, g):
         try:
@@ -443,13 +445,14 @@ def remote_batches(dataset, args, start, rank, world, threads):
             logger.warning(f"Skipped an unreadable training image: {name_of(item, g)}: {first_line(error)}")
 
     def batches():
-        stream, good = samples(), []
-        while True:
+        stream, good, bad = samples(), [], 0
+        while bad < 10:
             images = list(pool.map(load, *zip(*itertools.islice(stream, args.train_batch_size))))
             good = [image for image in images if image is not None] or good
-            if not good:
-                raise UserError("a whole batch of training images cannot be read")
-            yield torch.stack([image if image is not None else good[0] for image in images])
+            bad = 0 if good else bad + 1
+            if good:
+                yield torch.stack([image if image is not None else good[0] for image in images])
+        raise UserError("ten batches of training images in a row cannot be read")
 
     with ThreadPoolExecutor(max(1, threads) + 1) as pool:  # one batch is made while one is used
         stream = batches()
@@ -477,8 +480,7 @@ def load_items(args):
     if not args.dataset_name:
         folder = args.train_data_dir or REPOSITORY / "images" / "train"
         items = list_images(folder)
-        if not items:
-            raise UserError(f"--train_data_dir: no images in {folder} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        require(items, f"--train_data_dir: no images in {folder} ({', '.join(sorted(IMAGE_SUFFIXES))})")
     else:
         dataset, column = load_train_split(args), args.image_column
         features = dataset.features or {}
@@ -494,8 +496,7 @@ def load_items(args):
             )
         if args.streaming:
             return dataset
-        if not len(dataset):
-            raise UserError(f"--dataset_name: {args.dataset_name} has no images in its train split")
+        require(len(dataset), f"--dataset_name: {args.dataset_name} has no images in its train split")
         items = dataset.cast_column(column, datasets.Image(decode=False))
     if args.max_train_samples and args.max_train_samples < len(items):
         kept = [permute(i, len(items), args.seed) for i in range(args.max_train_samples)]
@@ -838,8 +839,7 @@ def read_config(flag, source, network, revision=None, cache_dir=None):
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
-        if not path.is_file():
-            raise UserError(f"--{flag}: no config.json in {source}")
+        require(path.is_file(), f"--{flag}: no config.json in {source}")
     if path.is_file():
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -862,8 +862,7 @@ def read_config(flag, source, network, revision=None, cache_dir=None):
             raise UserError(
                 f"--{flag}: no local file or directory {source}, and the Hub did not give it ({first_line(error)})"
             ) from None
-    if not isinstance(config, dict):
-        raise UserError(f"--{flag}: {path} holds no JSON object")
+    require(isinstance(config, dict), f"--{flag}: {path} holds no JSON object")
     known = [name for name in inspect.signature(network.__init__).parameters if name != "self"]
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     for key in config:
@@ -876,19 +875,21 @@ def read_config(flag, source, network, revision=None, cache_dir=None):
 def check_vqmodel_config(flag, config, resolution):
     """UserError for a VQModel config that diffusers cannot build, or that cannot train at this resolution."""
 
-    def require(condition, message):
-        if not condition:
-            raise UserError(f"--{flag}: {message}")
-
     config = {k: p.default for k, p in inspect.signature(VQModel.__init__).parameters.items()} | config
     lists = {key: config[key] for key in ("block_out_channels", "down_block_types", "up_block_types")}
-    require(all(isinstance(v, (list, tuple)) and v for v in lists.values()), f"{', '.join(lists)} must be lists")
+    require(
+        all(isinstance(v, (list, tuple)) and v for v in lists.values()), f"--{flag}: {', '.join(lists)} must be lists"
+    )
     lengths = ", ".join(f"{key} {len(value)}" for key, value in lists.items())
-    require(len({len(value) for value in lists.values()}) == 1, f"these lists need the same length: {lengths}")
+    require(
+        len({len(value) for value in lists.values()}) == 1, f"--{flag}: these lists need the same length: {lengths}"
+    )
     widths, groups, spatial = config["block_out_channels"], config["norm_num_groups"], config["norm_type"] == "spatial"
     numbers = {k: config[k] for k in ("layers_per_block", "latent_channels", "num_vq_embeddings", "norm_num_groups")}
     for key, value in [*numbers.items(), *(("block_out_channels", width) for width in widths)]:
-        require(isinstance(value, int) and value > 0, f"{key} must be a whole number of at least 1, not {value!r}")
+        require(
+            isinstance(value, int) and value > 0, f"--{flag}: {key} must be a whole number of at least 1, not {value!r}"
+        )
     kinds = {
         "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
         "up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"],
@@ -896,19 +897,26 @@ def check_vqmodel_config(flag, config, resolution):
     }
     for key, known in kinds.items():
         for value in config[key] if isinstance(config[key], (list, tuple)) else [config[key]]:
-            require(value in known, f"{key}: '{value}' is not one of {', '.join(known)}")
-    require(config["in_channels"] == config["out_channels"] == 3, "in_channels and out_channels must be 3: RGB")
+            require(value in known, f"--{flag}: {key}: '{value}' is not one of {', '.join(known)}")
+    require(
+        config["in_channels"] == config["out_channels"] == 3, f"--{flag}: in_channels and out_channels must be 3: RGB"
+    )
     for width in widths:
-        require(width % groups == 0, f"block_out_channels: {width} is not divisible by norm_num_groups {groups}")
         require(
-            not spatial or width % 32 == 0, f"block_out_channels: {width} is not divisible by spatial norm's 32 groups"
+            width % groups == 0, f"--{flag}: block_out_channels: {width} is not divisible by norm_num_groups {groups}"
+        )
+        require(
+            not spatial or width % 32 == 0,
+            f"--{flag}: block_out_channels: {width} is not divisible by spatial norm's 32 groups",
         )
     latent, dim = config["latent_channels"], config["vq_embed_dim"]
     dim = latent if dim is None else dim
-    require(isinstance(dim, int) and dim > 0, f"vq_embed_dim must be a whole number of at least 1, not {dim!r}")
+    require(
+        isinstance(dim, int) and dim > 0, f"--{flag}: vq_embed_dim must be a whole number of at least 1, not {dim!r}"
+    )
     require(
         not spatial or latent == dim,
-        f"norm_type spatial needs latent_channels ({latent}) equal to vq_embed_dim ({dim})",
+        f"--{flag}: norm_type spatial needs latent_channels ({latent}) equal to vq_embed_dim ({dim})",
     )
     if resolution % (factor := 2 ** (len(widths) - 1)):
         nearest = max(factor, round(resolution / factor) * factor)
@@ -965,8 +973,7 @@ def build_discriminator(args):
         discriminator = Discriminator.from_config(config)
     except Exception as error:
         raise UserError(f"--{flag}: {first_line(error)}") from None
-    if discriminator.config.in_channels != 3:
-        raise UserError(f"--{flag}: in_channels must be 3: training images are RGB")
+    require(discriminator.config.in_channels == 3, f"--{flag}: in_channels must be 3: training images are RGB")
     if args.adversarial_weight > 0 and args.resolution < discriminator.min_resolution:
         raise UserError(
             f"--resolution: {args.resolution} is too small for the discriminator, which needs "
@@ -1194,10 +1201,6 @@ def checkpoints(output_dir):
     """Finished checkpoints in `output_dir`, oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if is_checkpoint(path)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def found_checkpoints(args):
-    return ", ".join(str(path) for path in checkpoints(args.output_dir)) or f"none in {args.output_dir}"
 
 
 def checkpoint_to_resume(args):

@@ -104,6 +104,12 @@ def error(flags, capsys):
     return run
 
 
+def without(flags, *names):
+    """`flags` without these, which take one value each."""
+    dropped = {at + i for at, flag in enumerate(flags) if flag in names for i in (0, 1)}
+    return [flag for at, flag in enumerate(flags) if at not in dropped]
+
+
 def metrics(output_dir):
     """Lines of metrics.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]

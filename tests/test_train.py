@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import safetensors.torch
 import torch
-from conftest import REPOSITORY, metrics
+from conftest import REPOSITORY, metrics, without
 
 import train_vqgan
 
@@ -88,8 +88,7 @@ def test_small_data_sets_and_no_validation_images(train, batch):
 
 def test_epochs_count_images(flags):
     """Two epochs of seven images, two at a time: seven steps."""
-    at = flags.index("--max_train_steps")
-    assert train_vqgan.main([*flags[:at], *flags[at + 2 :], "--num_train_epochs", "2"]) == 0
+    assert train_vqgan.main([*without(flags, "--max_train_steps"), "--num_train_epochs", "2"]) == 0
     assert [p.name for p in train_vqgan.checkpoints(flags[-1])] == ["checkpoint-7"]
 
 
@@ -193,8 +192,7 @@ def test_resume_with_more_steps_and_another_learning_rate(train):
 
 
 def test_seed_is_drawn_recorded_and_kept(flags):
-    at = flags.index("--seed")
-    flags = flags[:at] + flags[at + 2 :]
+    flags = without(flags, "--seed")
     assert train_vqgan.main(flags) == 0
     run = train_vqgan.Path(flags[-1])
     seed = json.loads((run / "checkpoint-2" / "progress.json").read_text())["seed"]
@@ -338,8 +336,7 @@ def test_ema_is_what_is_exported(train, tmp_path):
 def test_pretrained_start_keeps_the_model(train, flags, tmp_path, validation):
     """At learning rate 0 a pretrained model comes out as it went in, codes untouched; without it, not."""
     first = train("--codebook_norm", "l2", "--max_train_steps", "2")
-    at = flags.index("--model_config_name_or_path")
-    rest = flags[:at] + flags[at + 2 :]
+    rest = without(flags, "--model_config_name_or_path")
     start = [
         "--pretrained_model_name_or_path",
         str(first),
@@ -399,7 +396,6 @@ def test_no_token_in_any_file(train):
 
 
 def test_bundled_photographs_are_the_default(flags):
-    at = flags.index("--train_data_dir")
-    args = train_vqgan.parse_args(flags[:at] + flags[at + 2 :])
+    args = train_vqgan.parse_args(without(flags, "--train_data_dir"))
     items = train_vqgan.load_items(args)
     assert len(items) > 200 and all(path.parent == REPOSITORY / "images" / "train" for path in items)

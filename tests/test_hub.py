@@ -1,0 +1,123 @@
+"""The Hub, against a stand-in server on the loopback interface: upload, and a config loaded from a repository."""
+
+import base64
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import REPOSITORY, TINY_MODEL, without
+
+pytestmark = pytest.mark.slow
+TOKEN = "hf_standintoken"
+
+
+class StandIn(http.server.BaseHTTPRequestHandler):
+    """The few calls of the Hub's interface that creating, uploading and reading a small repository take."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.calls.append(("POST", self.path, self.headers.get("Authorization")))
+        if self.path == "/api/repos/create":
+            name = json.loads(body)["name"]
+            owner = json.loads(body).get("organization") or "me"
+            return self.answer(
+                {"url": f"http://localhost/{owner}/{name}", "name": f"{owner}/{name}", "id": f"{owner}/{name}"}
+            )
+        if "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.answer({"files": files})
+        if "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return self.answer(
+                {"commitUrl": "http://localhost/me/model/commit/0", "commitOid": "0" * 40, "success": True}
+            )
+        self.answer({"errors": [], "warnings": []})
+
+    def do_GET(self):
+        self.serve(body=True)
+
+    def do_HEAD(self):
+        self.serve(body=False)
+
+    def serve(self, body):
+        self.server.calls.append((self.command, self.path, self.headers.get("Authorization")))
+        if self.path != "/me/architecture/resolve/main/config.json":
+            self.send_error(404)
+            return
+        data = json.dumps({"_class_name": "VQModel"} | TINY_MODEL).encode()
+        self.send_response(200)
+        for key, value in {"ETag": '"1"', "X-Repo-Commit": "1" * 40, "Content-Length": len(data)}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def answer(self, content):
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    server.calls, server.files = [], {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def run(hub, tmp_path, flags):
+    """The script in a process of its own: the address of the Hub is read at import."""
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(REPOSITORY / "train_vqgan.py"), *flags]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+
+
+def test_upload(hub, flags, tmp_path, photos):
+    """The exported model, card and pictures arrive, with the token; checkpoints stay. Red when upload() does nothing."""
+    more = ["--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "me/model", "--log_steps", "1"]
+    more += ["--validation_images", str(photos / "0.png")]
+    result = run(hub, tmp_path, [*flags, *more])
+    assert result.returncode == 0, result.stderr[-3000:]
+    expected = {"README.md", "metrics.jsonl", "vqmodel/config.json", "vqmodel/diffusion_pytorch_model.safetensors"}
+    expected |= {"discriminator/config.json", "image_processor/config.json", "validation/step-2.png"}
+    assert expected <= set(hub.files)
+    assert not [name for name in hub.files if name.startswith(("checkpoint-", "unfinished-"))]
+    assert {authorization for method, _, authorization in hub.calls if method == "POST"} == {f"Bearer {TOKEN}"}
+    assert not [name for name, content in hub.files.items() if TOKEN.encode() in content]
+    local = tmp_path / "run" / "vqmodel" / "diffusion_pytorch_model.safetensors"
+    assert hub.files["vqmodel/diffusion_pytorch_model.safetensors"] == local.read_bytes()
+
+
+def test_config_from_the_hub(hub, flags, tmp_path):
+    """A Hub id as the model config. Red when read_config takes only files."""
+    result = run(hub, tmp_path, [*flags, "--model_config_name_or_path", "me/architecture"])
+    assert result.returncode == 0, result.stderr[-3000:]
+    config = json.loads((tmp_path / "run" / "vqmodel" / "config.json").read_text())
+    assert config["block_out_channels"] == TINY_MODEL["block_out_channels"]
+    assert "Contacting the Hugging Face Hub for the config of me/architecture" in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["--model_config_name_or_path", "--pretrained_model_name_or_path", "--dataset_name"])
+def test_what_the_hub_does_not_have(hub, flags, tmp_path, flag):
+    gone = "--train_data_dir" if flag == "--dataset_name" else "--model_config_name_or_path"
+    result = run(hub, tmp_path, [*without(flags, gone), flag, "me/nothing"])
+    errors = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert result.returncode == 2 and len(errors) == 1 and flag in errors[0] and "Traceback" not in result.stderr
+    assert "Contacting the Hugging Face Hub" in result.stderr
