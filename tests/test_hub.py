@@ -25,7 +25,11 @@ class StandIn(http.server.BaseHTTPRequestHandler):
             name = json.loads(body)["name"]
             owner = json.loads(body).get("organization") or "me"
             return self.answer(
-                {"url": f"http://localhost/{owner}/{name}", "name": f"{owner}/{name}", "id": f"{owner}/{name}"}
+                {
+                    "url": f"http://{self.headers['Host']}/{owner}/{name}",
+                    "name": f"{owner}/{name}",
+                    "id": f"{owner}/{name}",
+                }
             )
         if "/preupload/" in self.path:
             files = [
@@ -37,7 +41,11 @@ class StandIn(http.server.BaseHTTPRequestHandler):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             return self.answer(
-                {"commitUrl": "http://localhost/me/model/commit/0", "commitOid": "0" * 40, "success": True}
+                {
+                    "commitUrl": f"http://{self.headers['Host']}/me/model/commit/{'0' * 40}",
+                    "commitOid": "0" * 40,
+                    "success": True,
+                }
             )
         self.answer({"errors": [], "warnings": []})
 
