@@ -23,6 +23,7 @@ train_batch_size x gradient_accumulation_steps x processes images. To resume, ru
 import argparse
 import ctypes
 import difflib
+import hashlib
 import importlib.util
 import inspect
 import io
@@ -36,7 +37,9 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +60,13 @@ import torch.nn.functional as F
 import torchmetrics
 import torchmetrics.functional.image
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import VectorQuantizer
@@ -73,6 +82,9 @@ from discriminator import Discriminator
 logger = logging.getLogger("train_vqgan")
 
 REPOSITORY = Path(__file__).resolve().parent
+WRITE_ERRORS = (OSError, safetensors.SafetensorError)  # a full or vanished disk
+STOPPED = 3  # exit status after a signal
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)  # what Pillow raises
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
@@ -233,6 +245,7 @@ def parse_args(argv=None):
     add("--adam_epsilon", type=number(float, above=0), default=1e-8, help="AdamW epsilon")
     add("--use_8bit_adam", action="store_true", help="8-bit AdamW of bitsandbytes")
     add("--max_grad_norm", type=weight, default=1.0, help="clip each network's gradient to this norm; 0: never")
+    add("--max_bad_steps", type=positive, default=50, help="stop after this many steps in a row whose loss or gradient is not finite")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast of the networks; losses and quantiser stay fp32 (default: as in accelerate config)")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs")
     add("--seed", type=number(int, 0, 2**32 - 1), help="seed of everything (default: drawn and recorded)")
@@ -298,11 +311,19 @@ def check_args(args):
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output_dir: cannot write to {output}: {error.strerror}") from None
-    found = ", ".join(str(path) for path in checkpoints(output)) or f"none in {output}"
-    finished = resume in (None, "latest") or is_checkpoint(Path(resume))
-    require(finished, f"--resume_from_checkpoint: {resume} is not a finished checkpoint; found: {found}")
+    present = checkpoints(output, intact=False)
+    if resume not in (None, "latest"):
+        found = ", ".join(map(str, present)) or f"none in {output}"
+        fault = damage(Path(resume))
+        require(not fault, f"--resume_from_checkpoint: {resume} is not a finished checkpoint ({fault}); found: {found}")
+        later = [path for path in present if path.parent == Path(resume).parent and step_of(path) > step_of(resume)]
+        require(
+            not later,
+            f"--resume_from_checkpoint: later checkpoints than {resume} would be taken for its continuation; "
+            f"move them away first: {', '.join(map(str, later))}",
+        )
     require(
-        resume or not (checkpoints(output) or (output / "metrics.jsonl").exists()),
+        resume or not (present or (output / "metrics.jsonl").exists()),
         f"--output_dir: {output} already holds a run; add --resume_from_checkpoint latest to go on with it, "
         "or choose another directory",
     )
@@ -552,9 +573,30 @@ def training_batches(items, args, start, accelerator):
     workers = min(8, cores_per_process()) if args.dataloader_num_workers is None else args.dataloader_num_workers
     if args.streaming:
         return remote_batches(items, args, start, rank, world, workers)
-    numbers = sample_numbers(start, args.train_batch_size, rank, world)
     options = {"num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
-    return iter(DataLoader(SampleStream(items, args), batch_sampler=numbers, **options))
+    return local_batches(SampleStream(items, args), start, args.train_batch_size, rank, world, options)
+
+
+def local_batches(stream, start, batch_size, rank, world, options, deaths_allowed=3):
+    """Batches from `start`. Workers that die, killed for memory perhaps, are replaced: the position says all."""
+    for deaths in itertools.count(1):
+        handler = signal.getsignal(signal.SIGCHLD)
+        numbers = sample_numbers(start, batch_size, rank, world)
+        batches = iter(DataLoader(stream, batch_sampler=numbers, **options))
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)  # torch's would raise anywhere, in the middle of a save too
+        try:
+            for batch in batches:
+                start += batch_size * world
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            if deaths > deaths_allowed:
+                raise UserError(
+                    f"--dataloader_num_workers: data workers keep dying, perhaps for memory; use fewer ({first_line(error)})"
+                ) from None
+            logger.warning(f"A data worker died; starting new ones at sample {start} ({first_line(error)})")
 
 
 def cores_per_process():
@@ -1021,6 +1063,9 @@ class TrainingState:
         self.samples_logged = 0  # where the last log stood
         self.tracker_run = uuid.uuid4().hex[:8]
         self.averages = Averages()
+        self.watch = Watch()
+        self.stopped = False  # by a signal
+        self.saved = True  # the last checkpoint
         codes = self.quantizer.n_e
         self.log_counts = torch.zeros(codes, dtype=torch.long, device=device)  # since the last log, this process
         self.restart_counts = torch.zeros(codes, dtype=torch.long, device=device)  # since the last restart
@@ -1051,6 +1096,89 @@ class Averages:
                 totals[name], counts[name] = totals.get(name, 0) + total, counts.get(name, 0) + n
         self.sums = {}
         return {name: totals[name] / counts[name] for name in totals if counts[name]}
+
+
+class Watch:
+    """What was not finite in each step, and whether a signal came: agreed between processes, read one step late.
+
+    Reading at once would make the host wait for the device at every step.
+    """
+
+    def __init__(self):
+        self.counts = {}  # this step: name -> values that were not finite, on the device
+        self.sent = None  # the last step, on its way to the host
+        self.bad_steps = 0  # in a row
+        self.signal = None  # the signal this process got
+
+    def check(self, named):
+        for name, value in named.items():
+            self.counts[name] = self.counts.get(name, 0) + (~value.detach().isfinite()).float()
+
+    def send(self, accelerator, step, micro_batches):
+        """(all processes) The step is over: sum its counts over processes and start them for the host."""
+        names, device = list(self.counts), accelerator.device
+        signalled = torch.full((), float(self.signal is not None), device=device)
+        total = accelerator.reduce(torch.stack([*self.counts.values(), signalled]), "sum")
+        total = total.to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event() if device.type == "cuda" else None
+        if arrived:
+            arrived.record()
+        self.sent, self.counts = (step, names, total, arrived, micro_batches), {}
+
+    def read(self, accelerator, args):
+        """(all processes) Of the step sent last: was there a signal? UserError at --max_bad_steps bad ones in a row."""
+        if self.sent is None:
+            return False
+        (step, names, total, arrived, micro_batches), self.sent = self.sent, None
+        if arrived:
+            arrived.synchronize()
+        *counts, signalled = total.tolist()
+        bad = ", ".join(name for name, count in zip(names, counts) if count)
+        self.bad_steps = self.bad_steps + 1 if bad else 0
+        if bad:
+            logger.warning(f"Step {step}: {bad} not finite; the update was skipped ({self.bad_steps} in a row)")
+        if self.bad_steps >= args.max_bad_steps:
+            path = Path(args.output_dir) / f"bad-step-{step}-process-{accelerator.process_index}.safetensors"
+            with keep_going(f"save {path}"):
+                safetensors.torch.save_file({str(i): x.contiguous() for i, x in enumerate(micro_batches)}, path)
+            good = next(reversed(checkpoints(args.output_dir)), "none")
+            raise UserError(
+                f"{self.bad_steps} steps in a row were not finite, the last one, {step}, in: {bad}; its images are in "
+                f"{path.with_stem(f'bad-step-{step}-process-N')}, the last good checkpoint is {good}; "
+                "lower --learning_rate or --max_grad_norm, or use --mixed_precision bf16 or no"
+            )
+        return signalled > 0
+
+
+@contextmanager
+def signals_noted(watch):
+    """Inside, SIGTERM, SIGINT and SIGUSR1 are noted for the end of the step; a second SIGINT stops at once.
+
+    Data workers, forked inside, inherit the handler and so outlive a signal to the whole group: the step needs them.
+    """
+    pid = os.getpid()
+
+    def note(number, frame):
+        if os.getpid() == pid:
+            watch.signal = number
+            os.write(2, f"\n{signal.Signals(number).name}: stopping at the end of this step\n".encode())
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def keep_going(what):
+    """Inside, a full or vanished disk costs a warning, not the run."""
+    try:
+        yield
+    except WRITE_ERRORS as error:
+        logger.warning(f"Could not {what}: {first_line(error)}")
 
 
 # ---- One step ------------------------------------------------------------------------------------------------------
@@ -1114,6 +1242,7 @@ def generator_step(accelerator, generator, state, perceptual, micro_batches, wei
         indices.append(codes.indices)
         total = total + loss.detach()
         state.averages.add({f"loss/{name}": term for name, (_, term) in terms.items()} | {"loss/total": loss})
+        state.watch.check({name: term for name, (_, term) in terms.items()})
     norm, finite = clip_and_step(accelerator, generator, state.optimizers["generator"], total, args.max_grad_norm)
     if state.ema:
         state.ema.step(state.generator.parameters())
@@ -1123,6 +1252,8 @@ def generator_step(accelerator, generator, state, perceptual, micro_batches, wei
     state.restart_tokens += sum(map(len, indices)) * accelerator.num_processes
     state.averages.add({"opt/grad_norm": norm})
     state.averages.add({"opt/skipped": (~finite).float()})
+    if accelerator.scaler is None:  # which provokes overflows to find its scale
+        state.watch.check({"gradient of the generator": norm})
     return kept, codes
 
 
@@ -1135,10 +1266,13 @@ def discriminator_step(accelerator, discriminator, state, kept, args):
             accelerator.backward(loss / len(kept))
         total = total + loss.detach()
         state.averages.add(metrics)
+        state.watch.check({"loss of the discriminator": loss})
     optimizer = state.optimizers["discriminator"]
     norm, finite = clip_and_step(accelerator, discriminator, optimizer, total, args.max_grad_norm)
     state.averages.add({"opt/discriminator_grad_norm": norm})
     state.averages.add({"opt/discriminator_skipped": (~finite).float()})
+    if accelerator.scaler is None:
+        state.watch.check({"gradient of the discriminator": norm})
 
 
 @torch.no_grad()
@@ -1194,22 +1328,56 @@ def restart_dead_codes(accelerator, state, z):
 # ---- Checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def is_checkpoint(path):
-    """A finished checkpoint: it got its name by the last rename, so the name is enough, and the marker file."""
-    return re.fullmatch(r"checkpoint-\d+", path.name) is not None and (path / "progress.json").is_file()
+def manifest(files):
+    """Name -> size and SHA-256 of each file."""
+    found = {}
+    for path in files:
+        with open(path, "rb") as file:
+            found[path.name] = {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return found
 
 
-def checkpoints(output_dir):
-    """Finished checkpoints in `output_dir`, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if is_checkpoint(path)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+def damage(checkpoint, hashes=False):
+    """What is wrong with a checkpoint directory by its manifest, or None; `hashes` reads all of it."""
+    try:
+        files = json.loads((checkpoint / "progress.json").read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return "progress.json is missing or not whole"
+    for name, expected in files.items():
+        path = checkpoint / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected["bytes"]:
+            return f"{name} is missing" if size is None else f"{name} has {size} bytes, not {expected['bytes']}"
+        if hashes and manifest([path])[name] != expected:
+            return f"{name} does not have the content that was saved"
+
+
+def checkpoints(output_dir, intact=True):
+    """Checkpoints in `output_dir`, oldest first; only those whose files are all there, unless told otherwise."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [path for path in found if not (intact and damage(path))]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint):
+    return int(Path(checkpoint).name.split("-")[1])
 
 
 def checkpoint_to_resume(args):
-    """Path or None: `latest` on a directory without checkpoints is a fresh start."""
-    if args.resume_from_checkpoint == "latest":
-        return next(reversed(checkpoints(args.output_dir)), None)
-    return Path(args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+    """Path or None: `latest` takes the newest whole one; on a directory without checkpoints it is a fresh start."""
+    if args.resume_from_checkpoint is None:
+        return None
+    latest = args.resume_from_checkpoint == "latest"
+    present = checkpoints(args.output_dir, intact=False)
+    for checkpoint in reversed(present) if latest else [Path(args.resume_from_checkpoint)]:
+        fault = damage(checkpoint, hashes=True)
+        if not fault:
+            return checkpoint
+        require(latest, f"--resume_from_checkpoint: {checkpoint} is damaged: {fault}; take another one")
+        logger.warning(f"{checkpoint} is damaged and left out: {fault}")
+    require(
+        not present, f"--resume_from_checkpoint: no whole checkpoint in {args.output_dir}; remove it to start afresh"
+    )
 
 
 def what_is_trained(args, generator, items):
@@ -1223,22 +1391,27 @@ def what_is_trained(args, generator, items):
 
 
 def save_checkpoint(accelerator, state, args, trained):
-    """(all processes) Everything that moves, into output_dir/checkpoint-N.
+    """(all processes) Everything that moves, into output_dir/checkpoint-N. Returns whether that succeeded.
 
     Written to a temporary sibling, synced to disk, then renamed: a directory of that name is always whole. Older ones
-    are pruned only afterwards.
+    are pruned only afterwards. A full disk costs this checkpoint, not the run.
     """
-    final = Path(args.output_dir) / f"checkpoint-{state.step}"
-    temporary = final.with_name(f"unfinished-{final.name}")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    accelerator.wait_for_everyone()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, temporary / f"random-{accelerator.process_index}.pt")
+    output = Path(args.output_dir)
+    final = output / f"checkpoint-{state.step}"
+    temporary = output / f"unfinished-{final.name}"
     sums = {"|".join(names): accelerator.reduce(row, "sum") for names, row in state.averages.sums.items()}
     counts = {name: accelerator.reduce(getattr(state, name), "sum") for name in ("log_counts", "restart_counts")}
-    if accelerator.is_main_process:
+
+    def prepare():
+        for leftover in output.glob("unfinished-*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+
+    def write_random_state():
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, temporary / f"random-{accelerator.process_index}.pt")
+
+    def write_state():
         save_weights(state.generator, temporary / "generator.safetensors")
         save_weights(state.discriminator, temporary / "discriminator.safetensors")
         ema = state.ema.state_dict() if state.ema else {}
@@ -1249,21 +1422,44 @@ def save_checkpoint(accelerator, state, args, trained):
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
         moving = {"optimizers": optimizers, "scaler": scaler, "ema": ema, "averages": sums, **counts}
         torch.save(moving, temporary / "training.pt")
+
+    def finish():
         progress = {"step": state.step, "samples_seen": state.samples_seen, "restart_tokens": state.restart_tokens}
         progress |= {"seed": args.seed, "tracker_run": state.tracker_run, "processes": accelerator.num_processes}
-        progress |= {"versions": versions(), "trained": trained}
+        progress |= {"versions": versions(), "trained": trained, "files": manifest(sorted(temporary.iterdir()))}
         (temporary / "progress.json").write_text(json.dumps(progress, indent=2))
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
         if final.exists():  # the same step again, after resuming from an earlier one
-            shutil.rmtree(final)
+            final.rename(output / f"unfinished-old-{final.name}")
         temporary.rename(final)
-        sync(final.parent)
-        if args.checkpoints_total_limit:
-            for old in checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+        sync(output)
+
+    def prune():
+        with keep_going("remove old checkpoints"):
+            for old in checkpoints(output)[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
+                old.rename(output / f"unfinished-{old.name}")  # never half of one under its own name
+            for leftover in output.glob("unfinished-*"):
+                shutil.rmtree(leftover)
+
+    main = accelerator.is_main_process
+    parts = [[prepare] * main, [write_random_state, *[write_state] * main], [finish, prune] * main]
+    for part in parts:
+        error = None
+        try:
+            for work in part:
+                work()
+        except (*WRITE_ERRORS, RuntimeError) as failure:  # torch.save raises the last
+            error = first_line(failure)
+        error = next(filter(None, gather_object([error])), None)
+        if error:
+            good = next(reversed(checkpoints(output)), "none")
+            logger.error(f"Could not save {final}: {error}; training goes on, the last good checkpoint is {good}")
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            return False
     logger.info(f"Saved {final}")
+    return True
 
 
 def save_weights(network, path):
@@ -1469,12 +1665,13 @@ def validate(accelerator, state, images, args):
     scores = [psnr(x_hat / 255.0, x / 255.0, data_range=1.0).item() for x, x_hat in pairs]
     strips = torch.cat([torch.cat(pair, dim=3) for pair in pairs])  # [n, 3, resolution, 2 * resolution]
     folder = Path(args.output_dir) / "validation"
-    folder.mkdir(exist_ok=True)
     column = strips.permute(0, 2, 3, 1).flatten(0, 1).numpy()
-    PIL.Image.fromarray(column).save(folder / f"step-{state.step}.png")
-    for tracker in accelerator.trackers:
-        shown = strips if tracker.name == "tensorboard" else strips.permute(0, 2, 3, 1)
-        tracker.log_images({"validation": shown.numpy()}, step=state.step)
+    with keep_going("write validation images"):
+        folder.mkdir(exist_ok=True)
+        PIL.Image.fromarray(column).save(folder / f"step-{state.step}.png")
+        for tracker in accelerator.trackers:
+            shown = strips if tracker.name == "tensorboard" else strips.permute(0, 2, 3, 1)
+            tracker.log_images({"validation": shown.numpy()}, step=state.step)
     return {"val/psnr": sum(scores) / len(scores)}
 
 
@@ -1532,11 +1729,6 @@ def report(accelerator, state, clock, bar, args):
     state.samples_logged = state.samples_seen
     if accelerator.device.type == "cuda":
         metrics["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    for player in ("", "discriminator_"):
-        if metrics.get(f"opt/{player}skipped"):
-            logger.warning(
-                f"step {state.step}: {metrics[f'opt/{player}skipped']:.1%} of the last updates were not finite"
-            )
     write_metrics(accelerator, metrics, state.step, args)
     shown = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "disc", "codebook/used": "codes"}
     bar.set_postfix({name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics})
@@ -1544,18 +1736,21 @@ def report(accelerator, state, clock, bar, args):
 
 def write_metrics(accelerator, metrics, step, args):
     """(main process) One line of output_dir/metrics.jsonl, and the trackers."""
-    accelerator.log(metrics, step=step)
-    if accelerator.is_main_process:
-        with open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
+    with keep_going("write metrics"):
+        accelerator.log(metrics, step=step)
+        if accelerator.is_main_process:
+            with open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step} | metrics) + "\n")
 
 
 def cut_metrics(args, step):
     """(main process) Drop the lines of metrics.jsonl beyond `step`: the steps after it are taken again."""
     path = Path(args.output_dir) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(f"{line}\n" for line in kept))
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]  # the last may be cut
+    new = path.with_suffix(".new")
+    new.write_text("".join(f"{line}\n" for line in kept))
+    new.replace(path)
 
 
 def report_gradient_shares(accelerator, shares):
@@ -1603,10 +1798,16 @@ def start_accelerator(args):
     project = ProjectConfiguration(
         project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
     )
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        chosen = os.environ.get(f"ACCELERATE_USE_{name}", "false") not in ("false", "0", "")
+        require(not chosen, f"accelerate config: {name} is not supported; use plain multi-GPU")
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, log_with=trackers, project_config=project, kwargs_handlers=[ddp]
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision, log_with=trackers, project_config=project, kwargs_handlers=[ddp]
+        )
+    except ValueError as error:  # fp16 on a CPU
+        raise UserError(f"--mixed_precision {args.mixed_precision}: {first_line(error)}") from None
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise UserError(
@@ -1634,6 +1835,33 @@ def use_cpu_well():
         libc = ctypes.CDLL(None)
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def check_output(accelerator, state, args):
+    """(all processes) UserError when the nodes do not share output_dir, or a checkpoint does not fit on its disk."""
+    output = Path(args.output_dir)
+    probe = output / f".shared-{broadcast_object_list([uuid.uuid4().hex])[0]}"
+    if accelerator.is_main_process:
+        probe.touch()
+    accelerator.wait_for_everyone()
+    shared = all(gather_object([probe.exists()]))
+    if accelerator.is_main_process:
+        probe.unlink()
+    require(shared, f"--output_dir: {output} is not the same directory on every node; choose one that they share")
+    if args.checkpointing_steps:
+        free, one = shutil.disk_usage(output).free, checkpoint_bytes(state)
+        planned = (args.max_train_steps - state.step) // args.checkpointing_steps + 1
+        planned = min(planned, (args.checkpoints_total_limit or planned) + 1)
+        room = f"{free / 2**30:.2f} GiB free in {output}, a checkpoint takes {one / 2**30:.2f} GiB"
+        require(free > one, f"--output_dir: {room}; make room, choose another directory or --checkpointing_steps 0")
+        if free < planned * one:
+            logger.warning(f"{room}, and {planned} are planned; see --checkpoints_total_limit")
+
+
+def checkpoint_bytes(state):
+    """Size of a checkpoint: weights, two moments for each, EMA."""
+    sizes = [sum(p.numel() * p.element_size() for p in n.parameters()) for n in (state.generator, state.discriminator)]
+    return (4 if state.ema else 3) * sizes[0] + 3 * sizes[1]
 
 
 def settle_flags(accelerator, items, args):
@@ -1683,6 +1911,7 @@ def train(args):
     if perceptual:
         perceptual = accelerator.prepare_model(perceptual, evaluation_mode=True)
     summary(accelerator, state, perceptual, items, args)
+    check_output(accelerator, state, args)
     if accelerator.is_main_process:
         cut_metrics(args, state.step)
     tracker_options = {
@@ -1691,26 +1920,38 @@ def train(args):
     }
     accelerator.init_trackers(args.tracker_project_name, public_config(args), tracker_options)
 
-    validated = train_steps(accelerator, generator, discriminator, state, perceptual, items, images, args, trained)
-    if accelerator.is_main_process:
-        export(accelerator, state, items, args)
+    with signals_noted(state.watch):
+        validated = train_steps(accelerator, generator, discriminator, state, perceptual, items, images, args, trained)
+    lost = f"--output_dir: the last checkpoint could not be saved in {args.output_dir}; "
+    require(state.saved, lost + "make room, and run the same command again with --resume_from_checkpoint latest")
+    if accelerator.is_main_process and not state.stopped:
+        try:
+            export(accelerator, state, items, args)
+        except WRITE_ERRORS as error:
+            raise UserError(
+                f"--output_dir: cannot write the result to {args.output_dir}: {first_line(error)}; make room, and run "
+                "the same command again with --resume_from_checkpoint latest"
+            ) from None
         if validated:
             logger.info(f"Validation images: {validated['val/psnr']:.2f} dB PSNR")
         if repository:
             upload(args, repository)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if state.stopped:
+        logger.info(f"Stopped at step {state.step}; to go on, the same command with --resume_from_checkpoint latest")
+    return STOPPED if state.stopped else 0
 
 
 def train_steps(accelerator, generator, discriminator, state, perceptual, items, images, args, trained):
-    """The loop. Returns the last validation's metrics."""
+    """The loop, to the last step or a signal. Returns the last validation's metrics."""
     total, start, validated = args.max_train_steps, args.discriminator_start, None
     schedule = build_schedule(args.lr_scheduler, args.lr_warmup_steps, total)
     discr_schedule = build_schedule(args.discr_lr_scheduler, args.lr_warmup_steps, max(1, total - start))
     batches = training_batches(items, args, state.samples_seen, accelerator)
     bar = tqdm(total=total, initial=state.step, disable=not accelerator.is_main_process, desc="Steps")
     clock = Clock()
-    while state.step < total:
+    while state.step < total and not state.stopped:
         with clock.timing("waited"):
             micro_batches = [next(batches) for _ in range(args.gradient_accumulation_steps)]
         micro_batches = [to_signed(x, accelerator.device) for x in micro_batches]
@@ -1727,6 +1968,10 @@ def train_steps(accelerator, generator, discriminator, state, perceptual, items,
         bar.update()
 
         last = state.step == total
+        state.stopped = state.watch.read(accelerator, args)
+        state.watch.send(accelerator, state.step, [x for x, _ in kept])
+        if last or accelerator.num_processes == 1 and state.watch.signal:  # nobody to agree with
+            state.stopped = state.watch.read(accelerator, args)
         if due(state.step, args.codebook_restart_steps) and state.step <= 0.9 * total:  # the last codes need to settle
             restart_dead_codes(accelerator, state, codes.z)
         if due(state.step, args.log_steps):
@@ -1735,8 +1980,8 @@ def train_steps(accelerator, generator, discriminator, state, perceptual, items,
             if images is not None and (due(state.step, args.validation_steps) or last) and accelerator.is_main_process:
                 validated = validate(accelerator, state, images, args)
                 write_metrics(accelerator, validated, state.step, args)
-            if args.checkpointing_steps and (due(state.step, args.checkpointing_steps) or last):
-                save_checkpoint(accelerator, state, args, trained)
+            if due(state.step, args.checkpointing_steps) or (last and args.checkpointing_steps) or state.stopped:
+                state.saved = save_checkpoint(accelerator, state, args, trained)
     bar.close()
     return validated
 
@@ -1754,10 +1999,12 @@ def due(step, every):
 
 
 def main(argv=None):
-    """Exit status: 0 done, 2 something to mend, in one line on stderr."""
+    """Exit status: 0 done, 2 something to mend, in one line on stderr, 3 saved and stopped by a signal."""
     args = parse_args(argv)
+    if args.hub_token:  # wandb records the command line
+        sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
     try:
-        train(args)
+        return train(args)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"train_vqgan.py: error: {str(error).splitlines()[-1].split('UserError: ')[-1]}", file=sys.stderr)
@@ -1766,7 +2013,6 @@ def main(argv=None):
         advice = "lower --train_batch_size and raise --gradient_accumulation_steps, or add --gradient_checkpointing"
         print(f"train_vqgan.py: error: out of GPU memory: {advice}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -320,7 +320,7 @@ PROPERTIES = {
     "tiny_4x": {"down_block_types": [PLAIN_DOWN] * 3, "up_block_types": [PLAIN_UP] * 3},
 }
 LEVELS = {"movq_8x": 4, "movq_4x": 3, "llamagen_16x": 5, "tiny_4x": 3}
-DIMENSION = {"movq_8x": 4, "movq_4x": 4, "llamagen_16x": 8, "tiny_4x": 4}
+DIMENSION = {"movq_8x": 4, "movq_4x": 4, "llamagen_16x": 8, "tiny_4x": 8}
 
 
 def test_every_config_has_a_test():

@@ -1,0 +1,134 @@
+"""Kill a run with SIGKILL at random moments, repeat the same command, compare with a run that nobody touched.
+
+    python tests/kill_and_resume.py --moments 20
+
+Prints the table of moments; exit status 0 when generator, discriminator, EMA and metrics (all but speed/) are
+bit-identical. Every fourth kill waits until a checkpoint is being written. The processes are forked from one that has
+imported the script, because importing takes longer than training here; each is a process of its own and really killed.
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import PIL.Image
+import safetensors.torch
+import torch
+from conftest import TINY_DISCRIMINATOR, TINY_MODEL, json, metrics, np, train_vqgan
+
+STEPS = 60
+
+
+def arguments(folder):
+    rng = np.random.default_rng(0)
+    (folder / "photos").mkdir()
+    for i in range(7):
+        coarse = PIL.Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
+        coarse.resize((40, 30), PIL.Image.Resampling.BICUBIC).save(folder / "photos" / f"{i}.png")
+    (folder / "model.json").write_text(json.dumps(TINY_MODEL))
+    (folder / "discriminator.json").write_text(json.dumps(TINY_DISCRIMINATOR))
+    return [
+        *("--model_config_name_or_path", str(folder / "model.json"), "--train_data_dir", str(folder / "photos")),
+        *("--discriminator_config_name_or_path", str(folder / "discriminator.json"), "--resolution", "16"),
+        *("--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--random_flip", "--use_ema"),
+        *("--timm_model_backend", "tf_efficientnet_lite0", "--timm_model_layers", "0,1"),
+        *("--timm_model_weights", "random", "--dataloader_num_workers", "2", "--seed", "0"),
+        *("--discriminator_start", "10", "--discriminator_warmup", "10", "--codebook_restart_steps", "7"),
+        *("--max_train_steps", str(STEPS), "--log_steps", "1", "--checkpointing_steps", "3"),
+        *("--validation_steps", "5", "--validation_images", str(folder / "photos" / "0.png")),
+        *("--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest", "--report_to", "tensorboard"),
+    ]
+
+
+def child(flags, log):
+    os.setsid()
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1), os.dup2(handle, 2)
+    torch.set_num_threads(1)
+    sys.exit(train_vqgan.main(flags))
+
+
+def steps_logged(run):
+    path = run / "metrics.jsonl"
+    return path.read_text().count('"loss/total"') if path.exists() else 0
+
+
+def moment(run, process, rng, saving):
+    """Wait for a random moment of this process, kill it, say when it was; None when it had finished by then."""
+    start, first = time.monotonic(), steps_logged(run)
+    target = rng.randint(0, 8)
+    while process.is_alive() and (time.monotonic() - start < 0.3 or steps_logged(run) < first + target):
+        time.sleep(0.002)
+    while saving and process.is_alive() and not list(run.glob("unfinished-*")):
+        time.sleep(0.0005)
+    time.sleep(rng.uniform(0, 0.02 if saving else 0.3))
+    if not process.is_alive():
+        return None
+    os.kill(process.pid, signal.SIGSTOP)  # to look at what it was doing
+    left = sorted(path.name for path in run.glob("unfinished-*"))
+    step, since = steps_logged(run), time.monotonic() - start
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    newest = [path.name for path in train_vqgan.checkpoints(run)][-1:]
+    return step, since, " ".join(left) or "-", " ".join(newest) or "none"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng, fork = random.Random(options.seed), multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        flags = arguments(folder)
+
+        def start(name):
+            process = fork.Process(target=child, args=([*flags, "--output_dir", str(folder / name)], folder / "log"))
+            process.start()
+            return process
+
+        untouched = start("untouched")
+        untouched.join()
+        assert untouched.exitcode == 0, (folder / "log").read_text()[-3000:]
+        killed, saves, run = 0, 0, folder / "killed"
+        print(f"{'kill':>4} {'steps logged':>12} {'seconds':>8}  {'newest whole checkpoint':24} being written")
+        while killed < options.moments:
+            process = start("killed")
+            found = moment(run, process, rng, saving=killed % 4 == 3)
+            if found is None:  # finished: from its first checkpoints again
+                assert process.exitcode == 0, (folder / "log").read_text()[-3000:]
+                compare(folder / "untouched", run)
+                train_vqgan.shutil.rmtree(run)
+                continue
+            killed, saves = killed + 1, saves + (found[2] != "-")
+            print(f"{killed:4} {found[0]:12} {found[1]:8.2f}  {found[3]:24} {found[2]}", flush=True)
+        last = start("killed")
+        last.join()
+        assert last.exitcode == 0, (folder / "log").read_text()[-3000:]
+        compare(folder / "untouched", run)
+        assert saves or options.moments < 4, "no kill hit a checkpoint being written"
+        print(f"{killed} kills, {saves} of them while a checkpoint was being written: bit-identical")
+
+
+def compare(untouched, run):
+    for name in ("generator", "discriminator", "ema"):
+        a, b = (
+            safetensors.torch.load_file(r / f"checkpoint-{STEPS}" / f"{name}.safetensors") for r in (untouched, run)
+        )
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), f"{name} differs"
+    assert metrics(untouched) == metrics(run), "metrics differ"
+    assert len([line for line in metrics(run) if "loss/total" in line]) == STEPS
+
+
+if __name__ == "__main__":
+    main()
