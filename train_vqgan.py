@@ -83,6 +83,7 @@ logger = logging.getLogger("train_vqgan")
 
 REPOSITORY = Path(__file__).resolve().parent
 WRITE_ERRORS = (OSError, safetensors.SafetensorError)  # a full or vanished disk
+CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 STOPPED = 3  # exit status after a signal
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)  # what Pillow raises
@@ -1339,6 +1340,8 @@ def manifest(files):
 
 def damage(checkpoint, hashes=False):
     """What is wrong with a checkpoint directory by its manifest, or None; `hashes` reads all of it."""
+    if not CHECKPOINT_NAME.fullmatch(checkpoint.name):
+        return "its name is not checkpoint-N"
     try:
         files = json.loads((checkpoint / "progress.json").read_text())["files"]
     except (OSError, ValueError, KeyError):
@@ -1354,7 +1357,7 @@ def damage(checkpoint, hashes=False):
 
 def checkpoints(output_dir, intact=True):
     """Checkpoints in `output_dir`, oldest first; only those whose files are all there, unless told otherwise."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
     found = [path for path in found if not (intact and damage(path))]
     return sorted(found, key=step_of)
 
@@ -1802,18 +1805,16 @@ def start_accelerator(args):
         chosen = os.environ.get(f"ACCELERATE_USE_{name}", "false") not in ("false", "0", "")
         require(not chosen, f"accelerate config: {name} is not supported; use plain multi-GPU")
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, log_with=trackers, project_config=project, kwargs_handlers=[ddp]
-        )
-    except ValueError as error:  # fp16 on a CPU
-        raise UserError(f"--mixed_precision {args.mixed_precision}: {first_line(error)}") from None
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, log_with=trackers, project_config=project, kwargs_handlers=[ddp]
+    )
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise UserError(
             f"accelerate config: {accelerator.distributed_type.value} is not supported; use plain multi-GPU"
         )
     if accelerator.device.type == "cpu":
+        require(accelerator.mixed_precision != "fp16", "--mixed_precision fp16: needs a GPU; use bf16 or no")
         use_cpu_well()
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True

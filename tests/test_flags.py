@@ -303,15 +303,15 @@ def test_output_dir_with_something_else_in_it(parse, tmp_path):
 
 
 def test_resume_from_something_that_is_no_finished_checkpoint(parse, refused, tmp_path):
-    """Red when `is_checkpoint` looks only at the name, or only at the marker file."""
+    """Red when `damage` looks only at the name, or only at the manifest."""
     for name in ("checkpoint-10", "unfinished-checkpoint-20", "checkpoint-x", "checkpoint-7"):
         (tmp_path / "run" / name).mkdir(parents=True)
-        (tmp_path / "run" / name / "progress.json").touch()
+        (tmp_path / "run" / name / "progress.json").write_text('{"files": {}}')
     (tmp_path / "run/checkpoint-7/progress.json").unlink()
     for name in ("run/checkpoint-7", "run/unfinished-checkpoint-20", "run/checkpoint-x", "run/checkpoint-99", "newest"):
         message = refused("--resume_from_checkpoint", tmp_path / name)
         assert "--resume_from_checkpoint" in message and "is not a finished checkpoint" in message
-        assert message.endswith(f"found: {tmp_path / 'run/checkpoint-10'}")
+        assert message.endswith(f"found: {tmp_path / 'run/checkpoint-7'}, {tmp_path / 'run/checkpoint-10'}")
     assert parse("--resume_from_checkpoint", tmp_path / "run/checkpoint-10").resume_from_checkpoint
 
 

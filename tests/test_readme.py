@@ -60,3 +60,13 @@ def test_every_bundled_photograph_is_credited():
     for path in [*(REPOSITORY / "images").glob("*.jpg"), *(REPOSITORY / "images" / "train").iterdir()]:
         stem = re.sub(r"_\d+$", "", path.stem)
         assert re.search(rf"`{re.escape(stem)}(_\d+)?\.jpg`", text), path.name
+
+
+def test_resume_table_is_what_is_tested():
+    """Each flag of the README's table is tried by test_train.py, and no other."""
+    from test_train import REFUSED_ON_RESUME, TAKEN_ON_RESUME
+
+    rows = dict(re.findall(r"^\| (may change|refuses)[^|]*\|(.*)\|$", TEXT, re.M))
+    for row, tried in (("may change", TAKEN_ON_RESUME), ("refuses", REFUSED_ON_RESUME)):
+        listed = set(re.findall(r"`(--\w+)`", rows[row]))
+        assert listed == {change[0] for change in tried} - {"--model_config_name_or_path"}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,8 @@ import PIL.Image
 import pytest
 import safetensors.torch
 import torch
-from conftest import REPOSITORY, metrics, without
+from accelerate.state import AcceleratorState
+from conftest import REPOSITORY, TINY_MODEL, metrics, without
 
 import train_vqgan
 
@@ -163,14 +165,77 @@ def test_unfinished_checkpoints_are_ignored_and_old_ones_pruned(train):
     assert train_vqgan.checkpoints(run)[-1].name == "checkpoint-4"
 
 
-@pytest.mark.parametrize(
-    "change", [["--resolution", "32"], ["--seed", "1"], ["--random_flip"], ["--max_train_samples", "3"]]
-)
-def test_resume_refuses_what_changes_the_training(train, flags, change, capsys):
+REFUSED_ON_RESUME = [
+    ["--resolution", "32"],
+    ["--seed", "1"],
+    ["--pixel_range", "unit"],
+    ["--center_crop"],
+    ["--random_flip"],
+    ["--codebook_norm", "none"],
+    ["--max_train_samples", "3"],
+    ["--train_data_dir", "OTHER"],
+    ["--model_config_name_or_path", "OTHER"],
+    ["--dataset_name", "OTHER"],
+    ["--image_column", "picture"],
+    ["--dataset_config_name", "other"],
+    ["--streaming", "--dataset_name", "OTHER"],
+]
+TAKEN_ON_RESUME = [
+    ["--max_train_steps", "4"],
+    ["--num_train_epochs", "3"],
+    ["--learning_rate", "1e-3"],
+    ["--discr_learning_rate", "1e-3"],
+    ["--lr_scheduler", "linear"],
+    ["--lr_warmup_steps", "7"],
+    ["--train_batch_size", "3"],
+    ["--gradient_accumulation_steps", "2"],
+    ["--dataloader_num_workers", "1"],
+    ["--log_steps", "1"],
+    ["--validation_steps", "1"],
+    ["--checkpointing_steps", "1"],
+    ["--checkpoints_total_limit", "1"],
+    ["--validation_images", "IMAGE"],
+    ["--use_ema"],
+    ["--mixed_precision", "bf16"],
+    ["--gradient_checkpointing"],
+    ["--perceptual_weight", "0"],
+    ["--adversarial_weight", "0.5"],
+    ["--max_grad_norm", "0.1"],
+    ["--codebook_restart_steps", "1"],
+    ["--report_to", "tensorboard"],
+]
+
+
+@pytest.mark.parametrize("change", REFUSED_ON_RESUME, ids=lambda change: change[0])
+def test_resume_refuses_what_changes_the_training(train, flags, change, capsys, tmp_path, photos):
+    """One line that names the flag and both values. Red for each flag that what_is_trained leaves out."""
     train()
-    assert train_vqgan.main([*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", "3", *change]) == 2
+    other = tmp_path / "other"
+    if change[0] == "--model_config_name_or_path":
+        other.write_text(json.dumps(TINY_MODEL | {"layers_per_block": 2}))
+    elif "OTHER" in change:
+        shutil.copytree(photos, other / "train")
+    resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
+    change = [str(other) if word == "OTHER" else word for word in change]
+    flags = without(flags, "--train_data_dir") if "--dataset_name" in change else flags
+    assert train_vqgan.main([*flags, *resume, *change]) == 2
     line = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(line) == 1 and change[0] in line[0]
+    named = {"--model_config_name_or_path": "model config layers_per_block", "--streaming": "--dataset_name"}
+    assert len(line) == 1 and f"--resume_from_checkpoint: {named.get(change[0], change[0])}" in line[0]
+
+
+@pytest.mark.parametrize("change", TAKEN_ON_RESUME, ids=lambda change: change[0])
+def test_resume_takes_what_does_not(train, flags, change, photos):
+    run = train("--checkpointing_steps", "2")
+    AcceleratorState._reset_state(reset_partial_state=True)  # keeps its precision for the life of a process
+    change = [str(photos / "0.png") if word == "IMAGE" else word for word in change]
+    train("--resume_from_checkpoint", "latest", "--max_train_steps", "3", *change)
+    progress = json.loads((train_vqgan.checkpoints(run)[-1] / "progress.json").read_text())
+    batch = int(dict([change]).get("--train_batch_size", 2)) if len(change) == 2 else 2
+    micro_batches = 2 if change[0] == "--gradient_accumulation_steps" else 1
+    last = 4 if change[0] == "--max_train_steps" else 3
+    assert progress["step"] == last
+    assert progress["samples_seen"] == 2 * 2 + (last - 2) * batch * micro_batches
 
 
 def test_resume_with_more_steps_and_another_learning_rate(train):
