@@ -578,14 +578,15 @@ def training_batches(items, args, start, accelerator):
     return local_batches(SampleStream(items, args), start, args.train_batch_size, rank, world, options)
 
 
-def local_batches(stream, start, batch_size, rank, world, options, deaths_allowed=3):
+def local_batches(stream, start, batch_size, rank, world, options):
     """Batches from `start`. Workers that die, killed for memory perhaps, are replaced: the position says all."""
-    for deaths in itertools.count(1):
+    deaths, died_at = 0, start
+    while True:
         handler = signal.getsignal(signal.SIGCHLD)
         numbers = sample_numbers(start, batch_size, rank, world)
         batches = iter(DataLoader(stream, batch_sampler=numbers, **options))
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler)  # torch's would raise anywhere, in the middle of a save too
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)  # torch's raises anywhere, while saving too
         try:
             for batch in batches:
                 start += batch_size * world
@@ -593,10 +594,9 @@ def local_batches(stream, start, batch_size, rank, world, options, deaths_allowe
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            if deaths > deaths_allowed:
-                raise UserError(
-                    f"--dataloader_num_workers: data workers keep dying, perhaps for memory; use fewer ({first_line(error)})"
-                ) from None
+            deaths = deaths + 1 if start - died_at < 100 * batch_size * world else 1
+            died_at = start
+            require(deaths < 4, f"--dataloader_num_workers: data workers keep dying; use fewer ({first_line(error)})")
             logger.warning(f"A data worker died; starting new ones at sample {start} ({first_line(error)})")
 
 
@@ -920,21 +920,21 @@ def read_config(flag, source, network, revision=None, cache_dir=None):
 def check_vqmodel_config(flag, config, resolution):
     """UserError for a VQModel config that diffusers cannot build, or that cannot train at this resolution."""
 
+    def check(condition, message):
+        require(condition, f"--{flag}: {message}")
+
     config = {k: p.default for k, p in inspect.signature(VQModel.__init__).parameters.items()} | config
     lists = {key: config[key] for key in ("block_out_channels", "down_block_types", "up_block_types")}
-    require(
-        all(isinstance(v, (list, tuple)) and v for v in lists.values()), f"--{flag}: {', '.join(lists)} must be lists"
-    )
+    check(all(isinstance(v, (list, tuple)) and v for v in lists.values()), f"{', '.join(lists)} must be lists")
     lengths = ", ".join(f"{key} {len(value)}" for key, value in lists.items())
-    require(
-        len({len(value) for value in lists.values()}) == 1, f"--{flag}: these lists need the same length: {lengths}"
-    )
+    check(len({len(value) for value in lists.values()}) == 1, f"these lists need the same length: {lengths}")
     widths, groups, spatial = config["block_out_channels"], config["norm_num_groups"], config["norm_type"] == "spatial"
-    numbers = {k: config[k] for k in ("layers_per_block", "latent_channels", "num_vq_embeddings", "norm_num_groups")}
-    for key, value in [*numbers.items(), *(("block_out_channels", width) for width in widths)]:
-        require(
-            isinstance(value, int) and value > 0, f"--{flag}: {key} must be a whole number of at least 1, not {value!r}"
-        )
+    latent, dim = config["latent_channels"], config["vq_embed_dim"]
+    dim = latent if dim is None else dim
+    whole = ["layers_per_block", "latent_channels", "num_vq_embeddings", "norm_num_groups"]
+    whole = [("vq_embed_dim", dim), *((key, config[key]) for key in whole)]
+    for key, value in [*whole, *(("block_out_channels", width) for width in widths)]:
+        check(isinstance(value, int) and value > 0, f"{key} must be a whole number of at least 1, not {value!r}")
     kinds = {
         "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
         "up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"],
@@ -942,32 +942,19 @@ def check_vqmodel_config(flag, config, resolution):
     }
     for key, known in kinds.items():
         for value in config[key] if isinstance(config[key], (list, tuple)) else [config[key]]:
-            require(value in known, f"--{flag}: {key}: '{value}' is not one of {', '.join(known)}")
-    require(
-        config["in_channels"] == config["out_channels"] == 3, f"--{flag}: in_channels and out_channels must be 3: RGB"
-    )
+            check(value in known, f"{key}: '{value}' is not one of {', '.join(known)}")
+    check(config["in_channels"] == config["out_channels"] == 3, "in_channels and out_channels must be 3: RGB")
     for width in widths:
-        require(
-            width % groups == 0, f"--{flag}: block_out_channels: {width} is not divisible by norm_num_groups {groups}"
+        check(width % groups == 0, f"block_out_channels: {width} is not divisible by norm_num_groups {groups}")
+        check(
+            not spatial or width % 32 == 0, f"block_out_channels: {width} is not divisible by spatial norm's 32 groups"
         )
-        require(
-            not spatial or width % 32 == 0,
-            f"--{flag}: block_out_channels: {width} is not divisible by spatial norm's 32 groups",
-        )
-    latent, dim = config["latent_channels"], config["vq_embed_dim"]
-    dim = latent if dim is None else dim
-    require(
-        isinstance(dim, int) and dim > 0, f"--{flag}: vq_embed_dim must be a whole number of at least 1, not {dim!r}"
-    )
-    require(
-        not spatial or latent == dim,
-        f"--{flag}: norm_type spatial needs latent_channels ({latent}) equal to vq_embed_dim ({dim})",
-    )
-    if resolution % (factor := 2 ** (len(widths) - 1)):
-        nearest = max(factor, round(resolution / factor) * factor)
-        raise UserError(
-            f"--resolution: {resolution} is not divisible by the model's downsampling {factor}; {nearest} is"
-        )
+    unequal = f"norm_type spatial needs latent_channels ({latent}) equal to vq_embed_dim ({dim})"
+    check(not spatial or latent == dim, unequal)
+    factor = 2 ** (len(widths) - 1)
+    nearest = max(factor, round(resolution / factor) * factor)
+    divisible = f"--resolution: {resolution} is not divisible by the model's downsampling {factor}; {nearest} is"
+    require(resolution % factor == 0, divisible)
     if config["num_vq_embeddings"] > 16384:
         logger.warning(
             f"num_vq_embeddings {config['num_vq_embeddings']}: beyond about 16384 codes plain vector quantisation gains "
@@ -1525,6 +1512,11 @@ def load_checkpoint(accelerator, state, checkpoint, args, trained):
         torch.set_rng_state(states["cpu"])
         if states["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(states["cuda"])
+    else:
+        was, now = progress["processes"], accelerator.num_processes
+        logger.info(
+            f"{was} processes before, {now} now: the images go on where they were, the arithmetic differs in order"
+        )
     logger.info(f"Resumed from {checkpoint}: step {state.step}, {state.samples_seen} images seen")
 
 

@@ -184,6 +184,16 @@ def test_nan_on_one_rank_is_survived_by_all(spied, processes, planted):
     assert spied.stderr.count("not finite;") == 1
 
 
+def test_resume_with_another_world_size_sees_every_sample_once(spied, tmp_path):
+    """Two processes for two steps, then one: samples 0 to 7, then 8 to 11. Red when samples_seen counts one process."""
+    before = spied(2, "--max_train_steps", "2")
+    (tmp_path / "run-2").rename(tmp_path / "run-1")
+    (after,) = spied(1, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    assert sorted({g for record in before for g in record["drawn"]})[:8] == list(range(8))
+    assert after["drawn"][:4] == [8, 9, 10, 11]
+    assert "2 processes before, 1 now" in spied.stderr
+
+
 def test_too_many_bad_steps_stop_all_processes(spied, tmp_path, flags):
     environment = {"PLANT": "image", "PLANT_RANK": "1", "PLANT_STEPS": "2 3 4 5 6 7 8"}
     more = ["--max_train_steps", "9", "--max_bad_steps", "3", "--output_dir", str(tmp_path / "run")]
