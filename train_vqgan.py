@@ -43,7 +43,8 @@ import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +63,7 @@ import torchmetrics.functional.image
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
     gather_object,
@@ -111,6 +113,10 @@ class UserError(Exception):
     """Something the user can mend: shown as one line, exit status 2."""
 
 
+class LocalError(UserError):
+    """One that only this process knows of: shown whichever it is."""
+
+
 def require(condition, message):
     if not condition:
         raise UserError(message)
@@ -135,6 +141,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def error(self, message):
+        unknown = re.match("unrecognized arguments: (--[^ =]+)", str(message))
+        if unknown:
+            message += did_you_mean(difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.7))
         self.exit(2, f"{self.prog}: error: {message}\n" if int(os.environ.get("RANK", 0)) == 0 else None)
 
     def convert_arg_line_to_args(self, line):
@@ -246,7 +255,7 @@ def parse_args(argv=None):
     add("--adam_epsilon", type=number(float, above=0), default=1e-8, help="AdamW epsilon")
     add("--use_8bit_adam", action="store_true", help="8-bit AdamW of bitsandbytes")
     add("--max_grad_norm", type=weight, default=1.0, help="clip each network's gradient to this norm; 0: never")
-    add("--max_bad_steps", type=positive, default=50, help="stop after this many steps in a row whose loss or gradient is not finite")
+    add("--max_bad_steps", type=positive, default=50, help="stop after this many steps in a row whose loss or gradient is not finite; fp16 takes some to find its scale")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast of the networks; losses and quantiser stay fp32 (default: as in accelerate config)")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs")
     add("--seed", type=number(int, 0, 2**32 - 1), help="seed of everything (default: drawn and recorded)")
@@ -317,7 +326,7 @@ def check_args(args):
         found = ", ".join(map(str, present)) or f"none in {output}"
         fault = damage(Path(resume))
         require(not fault, f"--resume_from_checkpoint: {resume} is not a finished checkpoint ({fault}); found: {found}")
-        later = [path for path in present if path.parent == Path(resume).parent and step_of(path) > step_of(resume)]
+        later = [path for path in present if step_of(path) > step_of(resume)]
         require(
             not later,
             f"--resume_from_checkpoint: later checkpoints than {resume} would be taken for its continuation; "
@@ -439,8 +448,8 @@ class SampleStream(Dataset):
             try:
                 return augment(item, g, self.args)
             except UNREADABLE as error:
-                logger.warning(f"Skipped an unreadable training image: {name_of(item, index)}: {first_line(error)}")
-        raise UserError(f"ten training images in a row cannot be read; the last one: {name_of(item, index)}")
+                logger.error(f"Skipped an unreadable training image: {name_of(item, index)}: {first_line(error)}")
+        raise LocalError(f"ten training images in a row cannot be read; the last one: {name_of(item, index)}")
 
 
 def remote_batches(dataset, args, start, rank, world, threads):
@@ -466,17 +475,17 @@ def remote_batches(dataset, args, start, rank, world, threads):
         try:
             return augment(item, g, args)
         except UNREADABLE as error:
-            logger.warning(f"Skipped an unreadable training image: {name_of(item, g)}: {first_line(error)}")
+            logger.error(f"Skipped an unreadable training image: {name_of(item, g)}: {first_line(error)}")
 
     def batches():
         stream, good, bad = samples(), [], 0
         while bad < 10:
             images = list(pool.map(load, *zip(*itertools.islice(stream, args.train_batch_size))))
-            good = [image for image in images if image is not None] or good
-            bad = 0 if good else bad + 1
+            fresh = [image for image in images if image is not None]
+            good, bad = fresh or good, 0 if fresh else bad + 1
             if good:
                 yield torch.stack([image if image is not None else good[0] for image in images])
-        raise UserError("ten batches of training images in a row cannot be read")
+        raise LocalError("ten batches of training images in a row cannot be read")
 
     with ThreadPoolExecutor(max(1, threads) + 1) as pool:  # one batch is made while one is used
         stream = batches()
@@ -592,12 +601,15 @@ def local_batches(stream, start, batch_size, rank, world, options):
                 start += batch_size * world
                 yield batch
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "exited unexpectedly" not in str(error):  # what a worker raised comes with its own message
                 raise
             deaths = deaths + 1 if start - died_at < 100 * batch_size * world else 1
             died_at = start
-            require(deaths < 4, f"--dataloader_num_workers: data workers keep dying; use fewer ({first_line(error)})")
-            logger.warning(f"A data worker died; starting new ones at sample {start} ({first_line(error)})")
+            if deaths > 3:
+                raise LocalError(
+                    f"--dataloader_num_workers: data workers keep dying; use fewer ({first_line(error)})"
+                ) from None
+            logger.error(f"A data worker died; starting new ones at sample {start} ({first_line(error)})")
 
 
 def cores_per_process():
@@ -639,7 +651,21 @@ class Codes(NamedTuple):
     indices: torch.Tensor  # and their rows in the codebook, [tokens]
 
 
+@contextmanager
+def exact_fp32():
+    """Inside, no TF32: codes are searched, validated and exported as any other program will."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
 @torch.no_grad()
+@exact_fp32()
 def nearest_codes(z, codes, buffer_bytes=64 << 20):
     """argmin_k |z - e_k|^2 = argmin_k |e_k|^2 / 2 - z e_k for z [tokens, dim], codes [codes, dim] -> [tokens].
 
@@ -736,7 +762,8 @@ class PerceptualLoss(nn.Module):
         self.size = config["input_size"][-2:] if config.get("fixed_input_size") else None
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
-        self.heads = lpips_heads(self.layers) if name.split(".")[0] == "vgg16" else None
+        heads = lpips_heads(self.layers) if name.split(".")[0] == "vgg16" else []
+        self.heads = nn.ParameterList(nn.Parameter(head, requires_grad=False) for head in heads)
         try:
             with torch.no_grad():
                 self.features(torch.zeros(1, 3, resolution, resolution))
@@ -776,7 +803,7 @@ class PerceptualLoss(nn.Module):
         with torch.no_grad():
             targets = self.features(x)
         squares = [(t - f).square() for t, f in zip(targets, self.features(x_hat))]
-        if self.heads is not None:
+        if len(self.heads):
             return sum((w.to(s) * s).sum(1).mean() for w, s in zip(self.heads, squares))
         return sum(s.sum(1).mean() for s in squares) / len(squares)
 
@@ -989,8 +1016,7 @@ def build_generator(args):
     quantizer.load_state_dict(model.quantize.state_dict())
     model.quantize = quantizer
     if args.codebook_init == "sphere":
-        nn.init.normal_(quantizer.embedding.weight)
-        quantizer.embedding.weight.data = F.normalize(quantizer.embedding.weight.data, dim=1)
+        quantizer.embedding.weight.data = F.normalize(torch.randn_like(quantizer.embedding.weight), dim=1)
     if args.gradient_checkpointing:
         model._supports_gradient_checkpointing = True  # VQModel does not declare it; its encoder and decoder have it
         model.enable_gradient_checkpointing()
@@ -1142,14 +1168,15 @@ class Watch:
 def signals_noted(watch):
     """Inside, SIGTERM, SIGINT and SIGUSR1 are noted for the end of the step; a second SIGINT stops at once.
 
-    Data workers, forked inside, inherit the handler and so outlive a signal to the whole group: the step needs them.
+    Data workers, forked inside, inherit the handler for SIGINT and so outlive a Ctrl-C: the step needs them.
     """
     pid = os.getpid()
 
     def note(number, frame):
         if os.getpid() == pid:
             watch.signal = number
-            os.write(2, f"\n{signal.Signals(number).name}: stopping at the end of this step\n".encode())
+            with stderr_may_be_gone():
+                os.write(2, f"\n{signal.Signals(number).name}: stopping at the end of this step\n".encode())
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
@@ -1158,6 +1185,15 @@ def signals_noted(watch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stderr_may_be_gone():
+    """A `| tee` dies of the same Ctrl-C: then write to nowhere instead of failing."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 @contextmanager
@@ -1234,14 +1270,14 @@ def generator_step(accelerator, generator, state, perceptual, micro_batches, wei
     norm, finite = clip_and_step(accelerator, generator, state.optimizers["generator"], total, args.max_grad_norm)
     if state.ema:
         state.ema.step(state.generator.parameters())
-    counts = torch.bincount(torch.cat(indices), minlength=state.quantizer.n_e) * finite
+    indices = torch.cat(indices)  # index_add_, as bincount waits for the device
+    counts = torch.zeros_like(state.log_counts).index_add_(0, indices, finite.long().expand(len(indices)))
     state.log_counts += counts
     state.restart_counts += counts
-    state.restart_tokens += sum(map(len, indices)) * accelerator.num_processes
+    state.restart_tokens += len(indices) * accelerator.num_processes
     state.averages.add({"opt/grad_norm": norm})
     state.averages.add({"opt/skipped": (~finite).float()})
-    if accelerator.scaler is None:  # which provokes overflows to find its scale
-        state.watch.check({"gradient of the generator": norm})
+    state.watch.check({"gradient of the generator": norm})
     return kept, codes
 
 
@@ -1259,8 +1295,7 @@ def discriminator_step(accelerator, discriminator, state, kept, args):
     norm, finite = clip_and_step(accelerator, discriminator, optimizer, total, args.max_grad_norm)
     state.averages.add({"opt/discriminator_grad_norm": norm})
     state.averages.add({"opt/discriminator_skipped": (~finite).float()})
-    if accelerator.scaler is None:
-        state.watch.check({"gradient of the discriminator": norm})
+    state.watch.check({"gradient of the discriminator": norm})
 
 
 @torch.no_grad()
@@ -1370,14 +1405,23 @@ def checkpoint_to_resume(args):
     )
 
 
-def what_is_trained(args, generator, items):
+def what_is_trained(args, generator, discriminator, items):
     """What must be the same when a run is resumed."""
-    config = {k: v for k, v in generator.config.items() if not k.startswith("_") and k != "scaling_factor"}
+    configs = {f"model config {k}": v for k, v in generator.config.items() if k != "scaling_factor"}
+    configs |= {f"discriminator config {k}": v for k, v in discriminator.config.items()}
     flags = ["seed", "resolution", "pixel_range", "center_crop", "random_flip", "codebook_norm"]
-    flags += ["dataset_name", "dataset_config_name", "train_data_dir", "image_column", "max_train_samples", "streaming"]
+    flags += [
+        "use_8bit_adam",
+        "dataset_name",
+        "dataset_config_name",
+        "train_data_dir",
+        "image_column",
+        "max_train_samples",
+        "streaming",
+    ]
     trained = {f"--{flag}": getattr(args, flag) for flag in flags}
     trained["number of training images"] = None if args.streaming else len(items)
-    return json.loads(json.dumps(trained | {f"model config {k}": v for k, v in config.items()}))
+    return json.loads(json.dumps(trained | {k: v for k, v in configs.items() if "config _" not in k}))
 
 
 def save_checkpoint(accelerator, state, args, trained):
@@ -1427,7 +1471,8 @@ def save_checkpoint(accelerator, state, args, trained):
 
     def prune():
         with keep_going("remove old checkpoints"):
-            for old in checkpoints(output)[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
+            past = [path for path in checkpoints(output) if step_of(path) <= state.step]
+            for old in past[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else []:
                 old.rename(output / f"unfinished-{old.name}")  # never half of one under its own name
             for leftover in output.glob("unfinished-*"):
                 shutil.rmtree(leftover)
@@ -1550,6 +1595,7 @@ def plain_vqmodel(generator, **config):
 
 
 @torch.no_grad()
+@exact_fp32()
 def export(accelerator, state, items, args):
     """(main process) vqmodel/, discriminator/ and image_processor/ for diffusers, and a model card, in output_dir.
 
@@ -1558,13 +1604,12 @@ def export(accelerator, state, items, args):
     """
     output = Path(args.output_dir)
     with ema_weights(state):
-        total = squares = n = 0
+        latents = []
         batches = training_batches(items, args, 0, accelerator)
         for _ in range(max(1, min(256, 0 if args.streaming else len(items)) // args.train_batch_size)):
             x = to_signed(next(batches), accelerator.device)
-            z = state.generator.encode(to_model(x, args)).latents.double()
-            total, squares, n = total + z.sum().item(), squares + z.square().sum().item(), n + z.numel()
-        deviation = math.sqrt(max(squares / n - (total / n) ** 2, 1e-12))
+            latents.append(state.generator.encode(to_model(x, args)).latents.double())
+        deviation = torch.cat(latents).std(correction=0).clamp(min=1e-6).item()
         model = plain_vqmodel(state.generator, scaling_factor=round(1 / deviation, 5))
     model.save_pretrained(output / "vqmodel")
     state.discriminator.save_pretrained(output / "discriminator")
@@ -1591,12 +1636,14 @@ tags: [vqgan, image-tokenizer]
 Trained for {state.step} steps on {state.samples_seen} images at {args.resolution} pixels. Last metrics: {"".join(last)}
 
 ```python
+import torch
 from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 
 model = VQModel.from_pretrained(repository, subfolder="vqmodel")
 processor = VaeImageProcessor.from_config(VaeImageProcessor.load_config(repository, subfolder="image_processor"))
-reconstruction = processor.postprocess(model(processor.preprocess(image)).sample)[0]
+with torch.no_grad():
+    reconstruction = processor.postprocess(model(processor.preprocess(image)).sample)[0]
 ```
 
 ```
@@ -1616,7 +1663,7 @@ def create_repository(args):
 
 
 def upload(args, repository):
-    ignored = ["checkpoint-*", "unfinished-*", "wandb/*", f"{args.logging_dir}/*"]
+    ignored = ["bad-step-*", "checkpoint-*", "unfinished-*", "wandb/*", f"{args.logging_dir}/*"]
     HfApi(token=args.hub_token).upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
     logger.info(f"Uploaded to {repository}")
 
@@ -1637,6 +1684,7 @@ def load_validation_images(args):
 
 
 @torch.no_grad()
+@exact_fp32()
 def validate(accelerator, state, images, args):
     """(main process) Reconstruct `images` in fp32 with the weights that would be exported.
 
@@ -1644,18 +1692,13 @@ def validate(accelerator, state, images, args):
     trackers. Returns metrics: PSNR in dB over [0, 1] after rounding to 8 bits, mean over images.
     """
     state.generator.eval()
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with ema_weights(state):
-            pairs = []
-            for image in images.split(1):
-                x = to_signed(image, accelerator.device)
-                x_hat = state.generator.decode(state.generator.encode(to_model(x, args)).latents).sample
-                pairs.append((image, to_uint8(from_model(x_hat, args)).cpu()))
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        state.generator.train()
+    pairs = []
+    with ema_weights(state):
+        for image in images.split(1):
+            x = to_signed(image, accelerator.device)
+            x_hat = state.generator.decode(state.generator.encode(to_model(x, args)).latents).sample
+            pairs.append((image, to_uint8(from_model(x_hat, args)).cpu()))
+    state.generator.train()
     psnr = torchmetrics.functional.image.peak_signal_noise_ratio
     scores = [psnr(x_hat / 255.0, x / 255.0, data_range=1.0).item() for x, x_hat in pairs]
     strips = torch.cat([torch.cat(pair, dim=3) for pair in pairs])  # [n, 3, resolution, 2 * resolution]
@@ -1683,7 +1726,8 @@ class TqdmHandler(logging.Handler):
     """Log lines above the progress bar, on stderr."""
 
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stderr)
+        with stderr_may_be_gone():
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 class Clock:
@@ -1710,7 +1754,7 @@ def codebook_metrics(accelerator, state):
     counts = accelerator.reduce(state.log_counts, "sum").double()
     state.log_counts.zero_()
     p = counts / counts.sum().clamp(min=1)
-    perplexity = torch.exp(-(p * p.clamp(min=1e-30).log()).sum())
+    perplexity = torch.special.entr(p).sum().exp()
     return {"codebook/used": (counts > 0).double().mean().item(), "codebook/perplexity": perplexity.item()}
 
 
@@ -1731,18 +1775,21 @@ def report(accelerator, state, clock, bar, args):
 
 def write_metrics(accelerator, metrics, step, args):
     """(main process) One line of output_dir/metrics.jsonl, and the trackers."""
-    with keep_going("write metrics"):
+    if accelerator.is_main_process:
+        with keep_going("write metrics"), open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+    with keep_going("write to the trackers"):
         accelerator.log(metrics, step=step)
-        if accelerator.is_main_process:
-            with open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step} | metrics) + "\n")
 
 
 def cut_metrics(args, step):
     """(main process) Drop the lines of metrics.jsonl beyond `step`: the steps after it are taken again."""
     path = Path(args.output_dir) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]  # the last may be cut
+    kept = []
+    for line in lines:
+        with suppress(ValueError):  # cut by a full disk or a kill
+            kept += [line] if json.loads(line)["step"] <= step else []
     new = path.with_suffix(".new")
     new.write_text("".join(f"{line}\n" for line in kept))
     new.replace(path)
@@ -1796,9 +1843,10 @@ def start_accelerator(args):
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         chosen = os.environ.get(f"ACCELERATE_USE_{name}", "false") not in ("false", "0", "")
         require(not chosen, f"accelerate config: {name} is not supported; use plain multi-GPU")
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # others wait while one downloads, saves or uploads
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, log_with=trackers, project_config=project, kwargs_handlers=[ddp]
+        mixed_precision=args.mixed_precision, log_with=trackers, project_config=project, kwargs_handlers=[ddp, patient]
     )
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
@@ -1807,6 +1855,8 @@ def start_accelerator(args):
         )
     if accelerator.device.type == "cpu":
         require(accelerator.mixed_precision != "fp16", "--mixed_precision fp16: needs a GPU; use bf16 or no")
+        if accelerator.mixed_precision == "bf16":
+            logger.warning("--mixed_precision bf16: many times slower than no on CPUs without bf16 instructions")
         use_cpu_well()
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -1830,8 +1880,8 @@ def use_cpu_well():
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def check_output(accelerator, state, args):
-    """(all processes) UserError when the nodes do not share output_dir, or a checkpoint does not fit on its disk."""
+def check_shared(accelerator, args):
+    """(all processes) UserError when the nodes do not share output_dir."""
     output = Path(args.output_dir)
     probe = output / f".shared-{broadcast_object_list([uuid.uuid4().hex])[0]}"
     if accelerator.is_main_process:
@@ -1841,11 +1891,15 @@ def check_output(accelerator, state, args):
     if accelerator.is_main_process:
         probe.unlink()
     require(shared, f"--output_dir: {output} is not the same directory on every node; choose one that they share")
+
+
+def check_room(state, args):
+    """UserError when a checkpoint does not fit on the disk of output_dir, a warning when not all of them do."""
     if args.checkpointing_steps:
-        free, one = shutil.disk_usage(output).free, checkpoint_bytes(state)
+        free, one = shutil.disk_usage(args.output_dir).free, checkpoint_bytes(state)
         planned = (args.max_train_steps - state.step) // args.checkpointing_steps + 1
         planned = min(planned, (args.checkpoints_total_limit or planned) + 1)
-        room = f"{free / 2**30:.2f} GiB free in {output}, a checkpoint takes {one / 2**30:.2f} GiB"
+        room = f"{free / 2**30:.2f} GiB free in {args.output_dir}, a checkpoint takes {one / 2**30:.2f} GiB"
         require(free > one, f"--output_dir: {room}; make room, choose another directory or --checkpointing_steps 0")
         if free < planned * one:
             logger.warning(f"{room}, and {planned} are planned; see --checkpoints_total_limit")
@@ -1873,6 +1927,7 @@ def settle_flags(accelerator, items, args):
 
 def train(args):
     accelerator = start_accelerator(args)
+    check_shared(accelerator, args)
     checkpoint = checkpoint_to_resume(args)
     if args.seed is None:
         drawn = read_progress(checkpoint)["seed"] if checkpoint else random.SystemRandom().randrange(2**31)
@@ -1887,7 +1942,7 @@ def train(args):
             layers, weights = args.timm_model_layers, args.timm_model_weights
             perceptual = PerceptualLoss(args.timm_model_backend, layers, weights, args.resolution, args.cache_dir)
     settle_flags(accelerator, items, args)
-    trained = what_is_trained(args, generator, items)
+    trained = what_is_trained(args, generator, discriminator, items)
     repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     state = TrainingState(generator, discriminator, args, accelerator.device)
@@ -1904,7 +1959,7 @@ def train(args):
     if perceptual:
         perceptual = accelerator.prepare_model(perceptual, evaluation_mode=True)
     summary(accelerator, state, perceptual, items, args)
-    check_output(accelerator, state, args)
+    check_room(state, args)
     if accelerator.is_main_process:
         cut_metrics(args, state.step)
     tracker_options = {
@@ -1915,8 +1970,6 @@ def train(args):
 
     with signals_noted(state.watch):
         validated = train_steps(accelerator, generator, discriminator, state, perceptual, items, images, args, trained)
-    lost = f"--output_dir: the last checkpoint could not be saved in {args.output_dir}; "
-    require(state.saved, lost + "make room, and run the same command again with --resume_from_checkpoint latest")
     if accelerator.is_main_process and not state.stopped:
         try:
             export(accelerator, state, items, args)
@@ -1929,8 +1982,12 @@ def train(args):
             logger.info(f"Validation images: {validated['val/psnr']:.2f} dB PSNR")
         if repository:
             upload(args, repository)
+    for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
+        tracker.finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    lost = f"--output_dir: the last checkpoint could not be saved in {args.output_dir}; "
+    require(state.saved, lost + "make room, and run the same command again with --resume_from_checkpoint latest")
     if state.stopped:
         logger.info(f"Stopped at step {state.step}; to go on, the same command with --resume_from_checkpoint latest")
     return STOPPED if state.stopped else 0
@@ -1967,7 +2024,7 @@ def train_steps(accelerator, generator, discriminator, state, perceptual, items,
             state.stopped = state.watch.read(accelerator, args)
         if due(state.step, args.codebook_restart_steps) and state.step <= 0.9 * total:  # the last codes need to settle
             restart_dead_codes(accelerator, state, codes.z)
-        if due(state.step, args.log_steps):
+        if due(state.step, args.log_steps) or last:
             report(accelerator, state, clock, bar, args)
         with clock.timing("paused"):
             if images is not None and (due(state.step, args.validation_steps) or last) and accelerator.is_main_process:
@@ -1999,7 +2056,7 @@ def main(argv=None):
     try:
         return train(args)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, LocalError):
             print(f"train_vqgan.py: error: {str(error).splitlines()[-1].split('UserError: ')[-1]}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:

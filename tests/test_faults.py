@@ -135,7 +135,7 @@ def test_disk_full_to_the_end_stops_with_one_line(train, flags, whole, at_step, 
     arguments = [*LONG, "--output_dir", str(disk / "run")]
     assert train_vqgan.main([*flags, *arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "train_vqgan.py: error:" in line]
-    assert len(errors) == 1 and "could not be saved" in errors[0] and "--resume_from_checkpoint latest" in errors[0]
+    assert len(errors) == 1 and "No space left" in errors[0] and "--resume_from_checkpoint latest" in errors[0]
     assert [p.name for p in train_vqgan.checkpoints(disk / "run")] == ["checkpoint-2"]
     (disk / "filler").unlink()
     at_step.actions.clear()
