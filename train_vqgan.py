@@ -2057,7 +2057,10 @@ def main(argv=None):
         return train(args)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, LocalError):
-            print(f"train_vqgan.py: error: {str(error).splitlines()[-1].split('UserError: ')[-1]}", file=sys.stderr)
+            print(
+                f"train_vqgan.py: error: {re.split('(?:User|Local)Error: ', str(error).splitlines()[-1])[-1]}",
+                file=sys.stderr,
+            )
         return 2
     except torch.OutOfMemoryError:
         advice = "lower --train_batch_size and raise --gradient_accumulation_steps, or add --gradient_checkpointing"
