@@ -94,6 +94,18 @@ def test_signal_without_checkpoints_still_saves(flags, at_step):
     assert [p.name for p in train_vqgan.checkpoints(flags[-1])] == ["checkpoint-3"]
 
 
+@pytest.mark.slow
+def test_killed_at_any_moment():
+    """Five of kill_and_resume.py's moments; it compares networks, EMA and metrics bit by bit.
+
+    Red when samples_seen is not restored, averages are dropped from the checkpoint, or metrics.jsonl is not cut.
+    """
+    command = [sys.executable, str(REPOSITORY / "tests" / "kill_and_resume.py"), "--moments", "5"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert re.search("5 kills, [1-5] of them while a checkpoint was being written: bit-identical", result.stdout)
+
+
 # ---- Disks ---------------------------------------------------------------------------------------------------------
 
 
