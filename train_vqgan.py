@@ -1277,7 +1277,7 @@ def generator_step(accelerator, generator, state, perceptual, micro_batches, wei
     state.restart_tokens += len(indices) * accelerator.num_processes
     state.averages.add({"opt/grad_norm": norm})
     state.averages.add({"opt/skipped": (~finite).float()})
-    state.watch.check({"gradient of the generator": norm})
+    state.watch.check({"loss of the generator": total, "gradient of the generator": norm})
     return kept, codes
 
 
@@ -1300,7 +1300,7 @@ def discriminator_step(accelerator, discriminator, state, kept, args):
 
 @torch.no_grad()
 def initialise_codebook(accelerator, state, items, args):
-    """(all processes) k-means over latents of the first images of the stream; the same on every process."""
+    """(all processes) k-means over latents of the first images of the stream."""
     quantizer = state.quantizer
     wanted, found, latents = 2 * quantizer.n_e, 0, []
     batches = training_batches(items, args, 0, accelerator)
@@ -1314,7 +1314,7 @@ def initialise_codebook(accelerator, state, items, args):
     sampler = torch.Generator().manual_seed(args.seed)
     iterations = 10 if quantizer.n_e <= 4096 else 3
     codes = kmeans(torch.cat(latents)[: max(wanted, 1 << 16)], quantizer.n_e, iterations, quantizer.norm, sampler)
-    quantizer.embedding.weight.copy_(accelerate.utils.broadcast(codes))
+    quantizer.embedding.weight.copy_(codes)  # DDP shares the first process's
 
 
 @torch.no_grad()

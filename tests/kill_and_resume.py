@@ -67,13 +67,18 @@ def moment(run, process, rng, saving):
     target = rng.randint(0, 8)
     while process.is_alive() and (time.monotonic() - start < 0.3 or steps_logged(run) < first + target):
         time.sleep(0.002)
-    while saving and process.is_alive() and not list(run.glob("unfinished-*")):
-        time.sleep(0.0005)
-    time.sleep(rng.uniform(0, 0.02 if saving else 0.3))
+    while process.is_alive():
+        while saving and process.is_alive() and not list(run.glob("unfinished-*")):
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.01 if saving else 0.3))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGSTOP)  # to look at what it is doing
+        left = sorted(path.name for path in run.glob("unfinished-*"))
+        if left or not saving:
+            break
+        os.kill(process.pid, signal.SIGCONT)  # it had just finished saving
     if not process.is_alive():
         return None
-    os.kill(process.pid, signal.SIGSTOP)  # to look at what it was doing
-    left = sorted(path.name for path in run.glob("unfinished-*"))
     step, since = steps_logged(run), time.monotonic() - start
     os.killpg(process.pid, signal.SIGKILL)
     process.join()

@@ -173,6 +173,23 @@ def test_save_that_fails(train, whole, monkeypatch, caplog, tmp_path, broken):
     same_result(whole, run)
 
 
+def test_last_checkpoint_that_fails_is_said_at_the_end(flags, monkeypatch, capsys):
+    """The result is exported, but the run cannot be resumed at its end. Red without the check of state.saved."""
+    real = train_vqgan.sync
+
+    def failing(path):
+        if "checkpoint-6" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path)
+
+    monkeypatch.setattr(train_vqgan, "sync", failing)
+    assert train_vqgan.main([*flags, *LONG]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "train_vqgan.py: error:" in line]
+    assert len(errors) == 1 and "the last checkpoint could not be saved" in errors[0]
+    run = train_vqgan.Path(flags[-1])
+    assert (run / "vqmodel").is_dir() and train_vqgan.checkpoints(run)[-1].name == "checkpoint-4"
+
+
 def test_output_directory_that_vanishes(flags, at_step, tmp_path, capsys):
     """A file where the directory was: one line at the end, what was saved elsewhere stays."""
 
@@ -301,6 +318,7 @@ def spoil(micro_batches):
 
 
 def test_planted_nan_is_survived_and_named(train, at_step, caplog):
+    """Red without `found_inf`, or when the codes of that step are counted."""
     at_step(4, spoil)
     run = train(*LONG)
     assert re.search(r"Step 4: pixel, .*gradient of the generator.* not finite; .* \(1 in a row\)", caplog.text)
@@ -309,6 +327,7 @@ def test_planted_nan_is_survived_and_named(train, at_step, caplog):
         assert all(w.isfinite().all() for w in weights(run, name).values())
         assert not equal(weights(run, name, 4), weights(run, name, 6)), "training went on"
     bad = metrics(run)[3]
+    assert bad["codebook/used"] == 0, "the codes of a bad step were counted"
     assert bad["opt/skipped"] == 1 and all(isinstance(v, (int, float)) and v == v for v in bad.values())
 
 
