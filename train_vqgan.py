@@ -77,6 +77,7 @@ from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
 from discriminator import Discriminator
@@ -84,6 +85,7 @@ from discriminator import Discriminator
 logger = logging.getLogger("train_vqgan")
 
 REPOSITORY = Path(__file__).resolve().parent
+SSIM_WINDOW = 11  # pixels, as Wang et al. 2004 and scikit-image
 WRITE_ERRORS = (OSError, safetensors.SafetensorError)  # a full or vanished disk
 CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 STOPPED = 3  # exit status after a signal
@@ -123,6 +125,8 @@ def require(condition, message):
 
 
 # ---- Flags ---------------------------------------------------------------------------------------------------------
+
+BETTER = {"psnr": max, "ssim": max, "perceptual": min, "lpips": min, "rfid": min, "frechet": min}
 
 REMOVED_FLAGS = {
     "--prediction_type": "it belongs to diffusion models and has no meaning here; leave it out",
@@ -216,6 +220,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("networks").add_argument
     add("--model_config_name_or_path", help="VQModel config: JSON file, directory or Hub id; see configs/")
     add("--pretrained_model_name_or_path", help="start from this VQModel: directory or Hub id")
+    add("--subfolder", help="folder of the pretrained model inside that directory or repository (default: vqmodel where there is one)")
     add("--revision", help="revision of the pretrained model or config on the Hub")
     add("--discriminator_config_name_or_path", help="discriminator config: JSON file, directory or Hub id")
     add("--gradient_checkpointing", action="store_true", help="recompute the generator's activations in the backward pass: less memory, slower")
@@ -265,8 +270,21 @@ def parse_args(argv=None):
     add("--ema_decay", type=number(float, 0, 1), default=0.999, help="its decay per step")
 
     add = parser.add_argument_group("validation and logging").add_argument
-    add("--validation_images", nargs="+", default=[], help="images reconstructed at every validation")
+    add("--validation_images", nargs="+", default=[], help="images shown with their reconstructions at every validation")
+    add("--early_images", action="store_true", help="show them at steps 1, 2, 4, 8, ... before the first validation, too")
     add("--validation_steps", type=count, default=500, help="validate every this many steps and at the end; 0: only at the end")
+    add("--validation_data_dir", help="folder of held-out images, searched recursively")
+    add("--validation_split", help="split of --dataset_name with held-out images")
+    add("--validation_fraction", type=number(float, 0, 1), help="part of the training images to hold out, drawn by seed (default: 0.01, 0 where held-out images are given)")
+    add("--num_validation_samples", type=positive, help="held-out images to evaluate (default: at most 500, all of them with --eval_only)")
+    add("--lpips_weights", default="hub", help="ImageNet weights of LPIPS's vgg16: hub, a local file, the name of an installed package, or none to leave LPIPS out")
+    add("--fid", action="store_true", help="evaluate rFID, too; needs torch-fidelity")
+    add("--fid_weights", help="local file with torch-fidelity's Inception weights (default: downloaded)")
+    add("--frechet_backend", help="evaluate a Frechet distance on the pooled features of this timm model, too")
+    add("--frechet_weights", default="hub", help="its weights, as --timm_model_weights")
+    add("--save_best", choices=list(BETTER), help="keep the export with the best held-out value of this metric in output_dir/best")
+    add("--eval_only", action="store_true", help="evaluate --pretrained_model_name_or_path on the held-out images, print one JSON line, train nothing")
+    add("--save_reconstructions", help="with --eval_only: folder for the images and their reconstructions, as PNG")
     add("--log_steps", type=positive, default=50, help="log every this many steps")
     add("--report_to", choices=["tensorboard", "wandb", "all", "none"], default="tensorboard", help="tracker; output_dir/metrics.jsonl is always written")
     add("--tracker_project_name", default="vqgan-training", help="project name on the tracker")
@@ -298,10 +316,12 @@ def check_args(args):
         not args.streaming or args.max_train_steps, "--streaming: needs --max_train_steps; the data has no known end"
     )
     require(not (args.streaming and args.max_train_samples), "--max_train_samples: does not go with --streaming")
-    folder = args.train_data_dir
-    require(folder is None or Path(folder).is_dir(), f"--train_data_dir: no such folder: {folder}")
+    for flag in ("train_data_dir", "validation_data_dir"):
+        folder = getattr(args, flag)
+        require(folder is None or Path(folder).is_dir(), f"--{flag}: no such folder: {folder}")
     for path in args.validation_images:
         require(Path(path).is_file(), f"--validation_images: no such file: {path}")
+    check_evaluation_args(args)
     for flag in ("model_config_name_or_path", "discriminator_config_name_or_path"):
         path = getattr(args, flag) or ""
         require(not path.endswith(".json") or Path(path).is_file(), f"--{flag}: no such file: {path}")
@@ -314,6 +334,13 @@ def check_args(args):
     require(hub, "--hub_token and --hub_model_id: need --push_to_hub")
     bits = not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes")
     require(bits, "--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
+    args.codebook_init = args.codebook_init or ("keep" if pretrained else "kmeans")
+    args.codebook_norm = args.codebook_norm or ("none" if pretrained else "l2")
+    if args.codebook_restart_steps is None:
+        args.codebook_restart_steps = 0 if pretrained else 100
+    require(pretrained or args.codebook_init != "keep", "--codebook_init keep: needs --pretrained_model_name_or_path")
+    if args.eval_only:  # nothing is written there
+        return
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / f".writable-{os.getpid()}"
@@ -337,11 +364,50 @@ def check_args(args):
         f"--output_dir: {output} already holds a run; add --resume_from_checkpoint latest to go on with it, "
         "or choose another directory",
     )
-    args.codebook_init = args.codebook_init or ("keep" if pretrained else "kmeans")
-    args.codebook_norm = args.codebook_norm or ("none" if pretrained else "l2")
-    if args.codebook_restart_steps is None:
-        args.codebook_restart_steps = 0 if pretrained else 100
-    require(pretrained or args.codebook_init != "keep", "--codebook_init keep: needs --pretrained_model_name_or_path")
+
+
+def check_evaluation_args(args):
+    """The flags of validation and --eval_only."""
+    given = args.validation_data_dir or args.validation_split
+    require(
+        not (args.validation_data_dir and args.validation_split), "--validation_split: give it or a folder, not both"
+    )
+    require(not args.validation_split or args.dataset_name, "--validation_split: needs --dataset_name")
+    require(
+        not (given and args.validation_fraction), "--validation_fraction: held-out images are given; give one of them"
+    )
+    require(
+        not (args.streaming and args.validation_fraction),
+        "--validation_fraction: a stream cannot be divided; name held-out images with --validation_split",
+    )
+    if args.validation_fraction is None:
+        args.validation_fraction = 0 if given or args.streaming else 0.01
+    require(args.validation_images or not args.early_images, "--early_images: needs --validation_images")
+    held_out = given or args.validation_fraction
+    require(held_out or not args.save_best, "--save_best: needs held-out images, see --validation_fraction")
+    present = {"perceptual": args.perceptual_weight, "rfid": args.fid, "frechet": args.frechet_backend}
+    present["lpips"] = args.lpips_weights != "none"
+    needs = {"perceptual": "--perceptual_weight", "rfid": "--fid", "frechet": "--frechet_backend"}
+    name = args.save_best
+    require(present.get(name, True), f"--save_best {name}: needs {needs.get(name, '--lpips_weights')}")
+    require(
+        args.lpips_weights != "random", "--lpips_weights: LPIPS is defined by pretrained weights; none leaves it out"
+    )
+    if args.frechet_backend:
+        check_timm_model("frechet_backend", args.frechet_backend)
+    weights = args.fid_weights
+    require(args.fid or not weights, "--fid_weights: needs --fid")
+    require(not weights or Path(weights).is_file(), f"--fid_weights: no such file: {weights}")
+    require(args.eval_only or not args.save_reconstructions, "--save_reconstructions: needs --eval_only")
+    if args.eval_only:
+        require(args.pretrained_model_name_or_path, "--eval_only: needs --pretrained_model_name_or_path")
+        require(held_out, "--eval_only: name held-out images with --validation_data_dir or --validation_split")
+        known = given or args.seed is not None or args.validation_fraction == 1
+        require(
+            known,
+            "--eval_only: which images a run held out depends on its --seed (in its README.md): give it, or name "
+            "images with --validation_data_dir or --validation_split",
+        )
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------------
@@ -413,9 +479,27 @@ def open_image(item):
     return PIL.Image.open(item)
 
 
-def name_of(item, index):
+class Drawn:
+    """`size` of the items from place `start` on, in an order drawn by seed: a view, nothing is copied."""
+
+    def __init__(self, items, start, size, seed):
+        self.items, self.start, self.size, self.seed = items, start, size, seed
+
+    def row(self, i):
+        return permute(self.start + i, len(self.items), self.seed)
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        return self.items[self.row(i)]
+
+
+def name_of(items, index):
     """For messages."""
-    return item if isinstance(item, Path) else (item or {}).get("path") or f"row {index}"
+    item = items[index]
+    row = items.row(index) if isinstance(items, Drawn) else index
+    return item if isinstance(item, Path) else (item or {}).get("path") or f"row {row}"
 
 
 def augment(item, g, args):
@@ -444,12 +528,12 @@ class SampleStream(Dataset):
         """uint8 [3, resolution, resolution]. An unreadable image is reported and its neighbour taken."""
         for attempt in range(10):
             index = (self.index(g) + attempt) % len(self.items)
-            item = self.items[index]
             try:
-                return augment(item, g, self.args)
+                return augment(self.items[index], g, self.args)
             except UNREADABLE as error:
-                logger.error(f"Skipped an unreadable training image: {name_of(item, index)}: {first_line(error)}")
-        raise LocalError(f"ten training images in a row cannot be read; the last one: {name_of(item, index)}")
+                name = name_of(self.items, index)
+                logger.error(f"Skipped an unreadable training image: {name}: {first_line(error)}")
+        raise LocalError(f"ten training images in a row cannot be read; the last one: {name}")
 
 
 def remote_batches(dataset, args, start, rank, world, threads):
@@ -475,7 +559,7 @@ def remote_batches(dataset, args, start, rank, world, threads):
         try:
             return augment(item, g, args)
         except UNREADABLE as error:
-            logger.error(f"Skipped an unreadable training image: {name_of(item, g)}: {first_line(error)}")
+            logger.error(f"Skipped an unreadable training image: {name_of({g: item}, g)}: {first_line(error)}")
 
     def batches():
         stream, good, bad = samples(), [], 0
@@ -487,16 +571,45 @@ def remote_batches(dataset, args, start, rank, world, threads):
                 yield torch.stack([image if image is not None else good[0] for image in images])
         raise LocalError("ten batches of training images in a row cannot be read")
 
-    with ThreadPoolExecutor(max(1, threads) + 1) as pool:  # one batch is made while one is used
-        stream = batches()
-        upcoming = pool.submit(next, stream)
-        while True:
-            batch = upcoming.result()
-            upcoming = pool.submit(next, stream)
-            yield batch
+    with ThreadPoolExecutor(max(1, threads) + 1) as pool:
+        yield from one_ahead(pool, batches())
 
 
-def list_images(folder):
+def one_ahead(pool, batches):
+    """The same batches, each made by a thread of `pool` while the one before is used."""
+    upcoming = pool.submit(next, batches, None)
+    while (batch := upcoming.result()) is not None:
+        upcoming = pool.submit(next, batches, None)
+        yield batch
+
+
+def held_out_batches(items, n, args, rank, world):
+    """(numbers, uint8 [<= train_batch_size, 3, resolution, resolution]): each of the first n images in one process."""
+    if isinstance(items, datasets.IterableDataset):
+        stream = itertools.islice(items.cast_column(args.image_column, datasets.Image(decode=False)), n)
+        numbered = ((i, row[args.image_column]) for i, row in enumerate(stream) if i % world == rank)
+    else:
+        numbered = ((i, items[i]) for i in range(rank, n, world))
+
+    def load(i, item):
+        try:
+            with open_image(item) as image:
+                return i, to_square(image, args.resolution)
+        except UNREADABLE as error:
+            logger.error(f"Skipped an unreadable held-out image: {name_of({i: item}, i)}: {first_line(error)}")
+
+    def batches():
+        while chunk := list(itertools.islice(numbered, args.train_batch_size)):
+            loaded = [pair for pair in pool.map(load, *zip(*chunk)) if pair]
+            if loaded:
+                numbers, images = zip(*loaded)
+                yield numbers, torch.stack(images)
+
+    with ThreadPoolExecutor(cores_per_process() + 1) as pool:
+        yield from one_ahead(pool, batches())
+
+
+def list_images(flag, folder):
     """All image files below `folder`, links followed, sorted."""
     found, visited = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -505,60 +618,79 @@ def list_images(folder):
             continue
         visited.add(os.path.realpath(root))
         found += [Path(root) / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(path for path in found if path.is_file())
+    found = sorted(path for path in found if path.is_file())
+    require(found, f"--{flag}: no images in {folder} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found
 
 
-def load_items(args):
-    """The training images: something with len() and [i] for `open_image`, or an iterable data set (--streaming)."""
-    if not args.dataset_name:
-        folder = args.train_data_dir or REPOSITORY / "images" / "train"
-        items = list_images(folder)
-        require(items, f"--train_data_dir: no images in {folder} ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    else:
-        dataset, column = load_train_split(args), args.image_column
-        features = dataset.features or {}
-        if features and column not in features:
-            raise UserError(
-                f"--image_column: no column '{column}' in {args.dataset_name}; it has: {', '.join(features)}"
-            )
-        if features and not isinstance(features[column], datasets.Image):
-            images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-            raise UserError(
-                f"--image_column: column '{column}' of {args.dataset_name} holds {features[column]}, not images; "
-                f"columns with images: {', '.join(images) or 'none'}"
-            )
-        if args.streaming:
-            return dataset
-        require(len(dataset), f"--dataset_name: {args.dataset_name} has no images in its train split")
-        items = dataset.cast_column(column, datasets.Image(decode=False))
-    if args.max_train_samples and args.max_train_samples < len(items):
-        kept = [permute(i, len(items), args.seed) for i in range(args.max_train_samples)]
-        items = items.select(kept) if args.dataset_name else [items[i] for i in kept]
-    return items[column] if args.dataset_name else items
+def load_data(args):
+    """(training images, held-out images or None).
+
+    Each is something with len() and [i] for `open_image`, or an iterable data set (--streaming).
+    """
+    items = held_out = None
+    if not args.eval_only or args.validation_fraction:
+        if args.dataset_name:
+            items = load_split(args, "train")
+        else:
+            items = list_images("train_data_dir", args.train_data_dir or REPOSITORY / "images" / "train")
+    if args.validation_data_dir:
+        held_out = list_images("validation_data_dir", args.validation_data_dir)
+    elif args.validation_split:
+        held_out = load_split(args, args.validation_split)
+    if args.streaming or items is None:
+        return items, held_out
+    held = 0
+    if args.validation_fraction:
+        held = min(max(1, round(args.validation_fraction * len(items))), len(items) - (not args.eval_only))
+    if held:
+        held_out = Drawn(items, 0, held, args.seed)
+        logger.info(f"Held out {held} of {len(items)} training images for validation, see --validation_fraction")
+    kept = min(args.max_train_samples or len(items), len(items) - held)
+    return items if kept == len(items) else Drawn(items, held, kept, args.seed), held_out
 
 
-def load_train_split(args):
-    """The train split of --dataset_name: saved by `save_to_disk`, a directory, or on the Hub."""
+def load_split(args, split):
+    """Images of one split of --dataset_name, undecoded."""
+    dataset, column = open_split(args, split), args.image_column
+    features = dataset.features or {}
+    if features and column not in features:
+        raise UserError(f"--image_column: no column '{column}' in {args.dataset_name}; it has: {', '.join(features)}")
+    if features and not isinstance(features[column], datasets.Image):
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        raise UserError(
+            f"--image_column: column '{column}' of {args.dataset_name} holds {features[column]}, not images; "
+            f"columns with images: {', '.join(images) or 'none'}"
+        )
+    if args.streaming:
+        return dataset
+    require(len(dataset), f"--dataset_name: {args.dataset_name} has no images in its {split} split")
+    return dataset.cast_column(column, datasets.Image(decode=False))[column]
+
+
+def open_split(args, split):
+    """A split of --dataset_name: saved by `save_to_disk`, of a directory, or on the Hub."""
     name, path = args.dataset_name, Path(args.dataset_name)
+    flag = "--dataset_name" if split == "train" else "--validation_split"
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             dataset = datasets.load_from_disk(name)
-            if isinstance(dataset, datasets.DatasetDict):
-                if "train" not in dataset:
-                    raise UserError(f"--dataset_name: {name} has no train split; it has: {', '.join(dataset)}")
-                dataset = dataset["train"]
-            return dataset.to_iterable_dataset() if args.streaming else dataset
+            if not isinstance(dataset, datasets.DatasetDict):
+                dataset = {"train": dataset}
+            if split not in dataset:
+                raise UserError(f"{flag}: {name} has no {split} split; it has: {', '.join(dataset)}")
+            return dataset[split].to_iterable_dataset() if args.streaming else dataset[split]
         if not path.exists():
             logger.info(f"Contacting the Hugging Face Hub for data set {name}")
         return datasets.load_dataset(
-            name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, streaming=args.streaming
+            name, args.dataset_config_name, split=split, cache_dir=args.cache_dir, streaming=args.streaming
         )
     except UserError:
         raise
     except Exception as error:
         reason = first_line(error)
         if re.search("(Unknown|Bad) split", reason):
-            raise UserError(f"--dataset_name: {name} has no train split: {reason}") from None
+            raise UserError(f"{flag}: {name} has no {split} split: {reason}") from None
         if path.exists():
             raise UserError(f"--dataset_name: datasets cannot read {name}: {reason}") from None
         raise UserError(
@@ -698,7 +830,7 @@ class Quantizer(VectorQuantizer):
         return F.normalize(weight, dim=1) if self.norm == "l2" else weight
 
     def forward(self, z):
-        """z: [batch, dim, height, width] -> straight-through codes of that shape, Codes, (None, None, indices)."""
+        """z: [batch, dim, height, width] -> codes of that shape, straight-through in training, Codes, (None, None, indices)."""
         batch, dim, height, width = z.shape
         with torch.autocast(z.device.type, enabled=False):
             z = at_least_fp32(z).permute(0, 2, 3, 1).reshape(-1, dim)
@@ -707,7 +839,8 @@ class Quantizer(VectorQuantizer):
             through = z
             if self.norm == "l2":
                 e, through = F.normalize(e, dim=1), F.normalize(z, dim=1)
-            z_q = (through + (e - through).detach()).reshape(batch, height, width, dim).permute(0, 3, 1, 2).contiguous()
+            z_q = through + (e - through).detach() if self.training else e
+            z_q = z_q.reshape(batch, height, width, dim).permute(0, 3, 1, 2).contiguous()
         return z_q, Codes(z, e, indices), (None, None, indices)
 
 
@@ -741,11 +874,9 @@ class PerceptualLoss(nn.Module):
     Raises UserError for an unknown model, layer or weights.
     """
 
-    def __init__(self, name, layers=None, weights="hub", resolution=256, cache_dir=None):
+    def __init__(self, name, layers=None, weights="hub", resolution=256, cache_dir=None, flag="timm_model_weights"):
         super().__init__()
-        if "hub:" not in name and not timm.is_model(name):
-            close = difflib.get_close_matches(name, timm.list_models(), 3, 0.4)
-            raise UserError(f"--timm_model_backend: timm has no model '{name}'" + did_you_mean(close))
+        check_timm_model("timm_model_backend", name)
         try:
             extractor = timm.create_model(name, pretrained=False, features_only=True)
         except Exception as error:
@@ -753,7 +884,7 @@ class PerceptualLoss(nn.Module):
         modules = [stage["module"] for stage in extractor.feature_info.info]
         chosen = self.resolve_layers(name, layers, modules, extractor)
         self.layers = [modules[i] for i in chosen]
-        self.backbone = load_backbone(name, weights, chosen, cache_dir).eval().requires_grad_(False)
+        self.backbone = load_backbone(flag, name, weights, cache_dir, features_only=True, out_indices=chosen)
         if isinstance(getattr(self.backbone, "blocks", None), nn.Sequential):  # timm runs all of an EfficientNet's
             last = re.fullmatch(r"blocks\.(\d+)", self.layers[-1])
             self.backbone.blocks = self.backbone.blocks[: int(last[1]) + 1 if last else 0]
@@ -818,30 +949,39 @@ def lpips_heads(layers):
     return [heads[f"lin{taps.index(layer)}.model.1.weight"] for layer in layers]
 
 
-def load_backbone(name, weights, out_indices, cache_dir=None):
-    """A timm feature extractor with weights from the Hub, a file or an installed package, or random ones."""
-    options = {"features_only": True, "out_indices": out_indices, "cache_dir": cache_dir}
-    if weights == "random":
-        return timm.create_model(name, pretrained=False, **options)
+def check_timm_model(flag, name):
+    if "hub:" not in name and not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 3, 0.4)
+        raise UserError(f"--{flag}: timm has no model '{name}'" + did_you_mean(close))
+
+
+def load_backbone(flag, name, weights, cache_dir, **options):
+    """A frozen timm model with weights from the Hub, a file or an installed package, or random ones."""
     try:
-        if weights == "hub":
+        if weights == "random":
+            backbone = timm.create_model(name, pretrained=False, **options)
+        elif weights == "hub":
             logger.info(f"Fetching the weights of {name} from the Hugging Face Hub, unless they are cached")
-            return timm.create_model(name, pretrained=True, **options)
-        state = read_weights(weights, timm.create_model(name, pretrained=False).state_dict())
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options)
+            backbone = timm.create_model(name, pretrained=True, cache_dir=cache_dir, **options)
+        else:
+            state = read_weights(flag, weights, timm.create_model(name, pretrained=False).state_dict())
+            overlay = {"state_dict": state}
+            backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"--timm_model_weights: no weights of {name} from '{weights}' ({first_line(error)}); "
+            f"--{flag}: no weights of {name} from '{weights}' ({first_line(error)}); "
             "name a local file, an installed package that ships them, or random"
         ) from None
+    return backbone.eval().requires_grad_(False)
 
 
-def read_weights(source, expected):
+def read_weights(flag, source, expected):
     """Tensors of a local file or of the one weight file of an installed package, under timm's names.
 
-    Packages may name them otherwise: then the same number of tensors with the same shapes in the same order will do.
+    Packages may name them otherwise: then the same number of tensors of the same sizes in the same order will do
+    (torchvision's VGG ends in linear layers where timm's has convolutions).
     """
     files = [Path(source)] if Path(source).is_file() else []
     if not files and re.fullmatch(r"[\w.-]+", source):
@@ -850,19 +990,19 @@ def read_weights(source, expected):
             files += [f for f in sorted(Path(folder).rglob("*")) if f.suffix in (".safetensors", ".pth", ".pt", ".bin")]
     if len(files) != 1:
         found = f"a package with {len(files)} weight files" if files else "neither a file nor an installed package"
-        raise UserError(f"--timm_model_weights: '{source}' is {found}")
+        raise UserError(f"--{flag}: '{source}' is {found}")
     try:
         if files[0].suffix == ".safetensors":
             state = safetensors.torch.load_file(files[0])
         else:
             state = torch.load(files[0], map_location="cpu", weights_only=True)
-        shapes = [tensor.shape for tensor in state.values()]
+        sizes = [(tensor.shape[:1], tensor.numel()) for tensor in state.values()]
     except Exception:
-        raise UserError(f"--timm_model_weights: {files[0].name} holds no plain tensors by name") from None
+        raise UserError(f"--{flag}: {files[0].name} holds no plain tensors by name") from None
     if set(state) != set(expected):
-        if shapes != [tensor.shape for tensor in expected.values()]:
-            raise UserError(f"--timm_model_weights: the tensors in {files[0].name} are not those of this backbone")
-        state = dict(zip(expected, state.values()))
+        if sizes != [(tensor.shape[:1], tensor.numel()) for tensor in expected.values()]:
+            raise UserError(f"--{flag}: the tensors in {files[0].name} are not those of this backbone")
+        state = {name: tensor.reshape(expected[name].shape) for name, tensor in zip(expected, state.values())}
     return state
 
 
@@ -906,7 +1046,7 @@ def gradient_shares(terms, x_hat):
 # ---- Building ------------------------------------------------------------------------------------------------------
 
 
-def read_config(flag, source, network, revision=None, cache_dir=None):
+def read_config(flag, source, network, **where):
     """Config of a `network` class from a JSON file, a directory or the Hub; UserError for bad JSON and unknown keys."""
     path = Path(source)
     if path.is_dir():
@@ -929,10 +1069,14 @@ def read_config(flag, source, network, revision=None, cache_dir=None):
     else:
         logger.info(f"Contacting the Hugging Face Hub for the config of {source}")
         try:
-            config = network.load_config(source, revision=revision, cache_dir=cache_dir)
+            config = network.load_config(source, **where)
         except Exception as error:
+            hint = (
+                "" if network is not VQModel or where.get("subfolder") else "; is it in a --subfolder, such as vqvae?"
+            )
             raise UserError(
-                f"--{flag}: no local file or directory {source}, and the Hub did not give it ({first_line(error)})"
+                f"--{flag}: no local file or directory {source}, and the Hub did not give it "
+                f"({first_line(error)}){hint}"
             ) from None
     require(isinstance(config, dict), f"--{flag}: {path} holds no JSON object")
     known = [name for name in inspect.signature(network.__init__).parameters if name != "self"]
@@ -992,21 +1136,22 @@ def check_vqmodel_config(flag, config, resolution):
 def build_generator(args):
     """The VQModel to train, its quantiser swapped for ours."""
     if args.pretrained_model_name_or_path:
-        flag, path = "pretrained_model_name_or_path", Path(args.pretrained_model_name_or_path)
-        source = path / "vqmodel" if (path / "vqmodel").is_dir() else path
-        config = read_config(flag, str(source), VQModel, args.revision, args.cache_dir)
+        flag, source = "pretrained_model_name_or_path", args.pretrained_model_name_or_path
+        where = {"subfolder": args.subfolder, "revision": args.revision, "cache_dir": args.cache_dir}
+        if Path(source).is_dir():
+            inner = Path(source) / (where.pop("subfolder") or "vqmodel")
+            source = str(inner) if inner.is_dir() or args.subfolder else source
+        config = read_config(flag, source, VQModel, **where)
         check_vqmodel_config(flag, config, args.resolution)
         try:
-            dtype = torch.get_default_dtype()
-            model = VQModel.from_pretrained(
-                str(source), revision=args.revision, cache_dir=args.cache_dir, torch_dtype=dtype
-            )
+            model = VQModel.from_pretrained(source, torch_dtype=torch.get_default_dtype(), **where)
         except Exception as error:
             raise UserError(f"--{flag}: cannot load {source}: {first_line(error)}") from None
     else:
         flag, config = "model_config_name_or_path", DEFAULT_VQMODEL
         if args.model_config_name_or_path:
-            config = read_config(flag, args.model_config_name_or_path, VQModel, args.revision, args.cache_dir)
+            where = {"revision": args.revision, "cache_dir": args.cache_dir}
+            config = read_config(flag, args.model_config_name_or_path, VQModel, **where)
         check_vqmodel_config(flag, config, args.resolution)
         try:
             model = VQModel.from_config(config)
@@ -1026,7 +1171,7 @@ def build_generator(args):
 def build_discriminator(args):
     flag, config = "discriminator_config_name_or_path", {}
     if args.discriminator_config_name_or_path:
-        config = read_config(flag, args.discriminator_config_name_or_path, Discriminator, None, args.cache_dir)
+        config = read_config(flag, args.discriminator_config_name_or_path, Discriminator, cache_dir=args.cache_dir)
     try:
         discriminator = Discriminator.from_config(config)
     except Exception as error:
@@ -1038,6 +1183,12 @@ def build_discriminator(args):
             f"{discriminator.min_resolution}; lower its depth with --{flag}"
         )
     return discriminator.train()
+
+
+def build_perceptual(args):
+    if args.perceptual_weight:
+        layers, weights = args.timm_model_layers, args.timm_model_weights
+        return PerceptualLoss(args.timm_model_backend, layers, weights, args.resolution, args.cache_dir)
 
 
 def build_optimizer(network, learning_rate, args):
@@ -1409,7 +1560,7 @@ def what_is_trained(args, generator, discriminator, items):
     """What must be the same when a run is resumed."""
     configs = {f"model config {k}": v for k, v in generator.config.items() if k != "scaling_factor"}
     configs |= {f"discriminator config {k}": v for k, v in discriminator.config.items()}
-    flags = ["seed", "resolution", "pixel_range", "center_crop", "random_flip", "codebook_norm"]
+    flags = ["seed", "resolution", "pixel_range", "center_crop", "random_flip", "codebook_norm", "validation_fraction"]
     flags += [
         "use_8bit_adam",
         "dataset_name",
@@ -1566,7 +1717,8 @@ def load_checkpoint(accelerator, state, checkpoint, args, trained):
 
 
 def versions():
-    modules = {"torch": torch, "diffusers": diffusers, "accelerate": accelerate, "timm": timm, "datasets": datasets}
+    modules = {"torch": torch, "diffusers": diffusers, "accelerate": accelerate, "timm": timm}
+    modules |= {"datasets": datasets, "torchmetrics": torchmetrics}
     return {"python": sys.version.split()[0]} | {name: module.__version__ for name, module in modules.items()}
 
 
@@ -1596,13 +1748,12 @@ def plain_vqmodel(generator, **config):
 
 @torch.no_grad()
 @exact_fp32()
-def export(accelerator, state, items, args):
-    """(main process) vqmodel/, discriminator/ and image_processor/ for diffusers, and a model card, in output_dir.
+def export(accelerator, state, items, args, output):
+    """(main process) vqmodel/, discriminator/ and image_processor/ for diffusers, and a model card, in `output`.
 
     `scaling_factor` is 1 / the standard deviation of the latents of up to 256 training images, so that a latent
     diffusion model that multiplies by it sees unit variance.
     """
-    output = Path(args.output_dir)
     with ema_weights(state):
         latents = []
         batches = training_batches(items, args, 0, accelerator)
@@ -1624,7 +1775,8 @@ def export(accelerator, state, items, args):
 def model_card(state, model, args):
     """README.md for the Hub: what the model is, how to load it, how it was trained."""
     side = 2 ** (len(model.config.block_out_channels) - 1)
-    last = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()[-1:]
+    lines = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()
+    last = [line for line in lines if '"val/' in line][-1:] or lines[-1:]
     flags = "\n".join(f"{name}: {value}" for name, value in public_config(args).items() if value != "")
     return f"""---
 library_name: diffusers
@@ -1633,7 +1785,12 @@ tags: [vqgan, image-tokenizer]
 # VQGAN image tokenizer
 
 {model.config.num_vq_embeddings} codes of dimension {model.quantize.vq_embed_dim}, one per {side} x {side} pixels.
-Trained for {state.step} steps on {state.samples_seen} images at {args.resolution} pixels. Last metrics: {"".join(last)}
+Trained for {state.step} steps on {state.samples_seen} images at {args.resolution} pixels. Held-out metrics (`_nN`: over N
+images) and how they were measured:
+
+```json
+{json.dumps(json.loads("".join(last) or "{}"), indent=2)}
+```
 
 ```python
 import torch
@@ -1683,25 +1840,216 @@ def load_validation_images(args):
     return torch.stack(images) if images else None
 
 
+class PooledFeatures(nn.Module):
+    """uint8 images [batch, 3, height, width] -> pooled features [batch, num_features] of a timm model, at its size."""
+
+    def __init__(self, name, weights, cache_dir):
+        super().__init__()
+        self.backbone = load_backbone("frechet_weights", name, weights, cache_dir, num_classes=0)
+        config = self.backbone.pretrained_cfg
+        self.size = config["input_size"][-2:]
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+        self.num_features = self(torch.zeros(2, 3, *self.size, dtype=torch.uint8)).shape[1]
+
+    @torch.no_grad()
+    def forward(self, images):
+        x = images.to(self.mean.dtype) / 255
+        if tuple(x.shape[-2:]) != tuple(self.size):
+            x = F.interpolate(x, self.size, mode="bicubic", antialias=True).clamp(0, 1)
+        return self.backbone((x - self.mean) / self.std)
+
+
+class Evaluation:
+    """Held-out images, and the networks that judge their reconstructions."""
+
+    def __init__(self, accelerator, items, perceptual, args):
+        self.items, self.args, self.accelerator = items, args, accelerator
+        at_most = args.num_validation_samples or (500 if not args.eval_only else None)
+        self.n = at_most if isinstance(items, datasets.IterableDataset) else min(at_most or len(items), len(items))
+        self.distances = {f"perceptual_{args.timm_model_backend}": perceptual} if perceptual else {}
+        self.frechet = {}
+        offered = {"lpips": self.add_lpips} if args.lpips_weights != "none" else {}
+        offered |= {"rfid": self.add_inception} if args.fid else {}
+        offered |= {"frechet": self.add_frechet} if args.frechet_backend else {}
+        if args.resolution < SSIM_WINDOW:
+            logger.warning(f"val/ssim is left out: its window needs --resolution {SSIM_WINDOW}")
+        for name, add in offered.items():
+            try:
+                with accelerator.local_main_process_first():
+                    add()
+            except UserError as error:
+                require(args.save_best != name, f"--save_best {name}: {error}")
+                logger.warning(f"val/{name} is left out: {error}")
+        for network in [*self.distances.values(), *self.frechet.values()]:
+            network.to(accelerator.device)
+        for name, metric in self.frechet.items():
+            features = len(metric.real_features_sum)
+            if self.n and self.n < 2 * features:
+                logger.warning(f"val/{name}: {self.n} images are few for {features} features; compare at equal N only")
+
+    def add_lpips(self):
+        args = self.args
+        weights = args.lpips_weights
+        lpips = PerceptualLoss("vgg16", None, weights, max(64, args.resolution), args.cache_dir, "lpips_weights")
+        self.distances["lpips_vgg16"] = lpips
+
+    def add_inception(self):
+        """Inception as torch-fidelity and the first FID code have it: TensorFlow's weights and its resizing."""
+        if importlib.util.find_spec("torch_fidelity") is None:
+            raise UserError("--fid: needs the torch-fidelity package; pip install torch-fidelity")
+        if not self.args.fid_weights:
+            logger.info("Fetching Inception's weights for --fid from github.com, unless they are cached")
+        try:
+            options = {"feature_extractor_weights_path": self.args.fid_weights, "antialias": False}
+            self.frechet["rfid_inception"] = FrechetInceptionDistance(2048, **options)
+        except Exception as error:
+            source = self.args.fid_weights or "github.com"
+            raise UserError(
+                f"--fid: no Inception weights from {source} ({first_line(error)}); --fid_weights takes "
+                "pt_inception-2015-12-05-6726825d.pth from torch-fidelity's releases"
+            ) from None
+
+    def add_frechet(self):
+        features = PooledFeatures(self.args.frechet_backend, self.args.frechet_weights, self.args.cache_dir)
+        self.frechet[f"frechet_{self.args.frechet_backend}"] = FrechetInceptionDistance(features)
+
+    @torch.no_grad()
+    @exact_fp32()
+    def __call__(self, generator):
+        """(all processes) Metrics over the first `n` held-out images, each counted once, and how often codes were used.
+
+        generator: a VQModel with our Quantizer, in eval mode. Everything is measured in fp32 on reconstructions rounded
+        to 8 bits: PSNR in dB (at most 100), SSIM, perceptual distances, Frechet distances; the codebook's use, with
+        the expected use `bound` of equally likely codes, its perplexity, and the mean squared error of the quantiser.
+        """
+        args, accelerator = self.args, self.accelerator
+        counts = torch.zeros(generator.quantize.n_e, dtype=torch.long)
+        sums, n = {}, 0
+        rank, world = accelerator.process_index, accelerator.num_processes
+        for numbers, images in held_out_batches(self.items, self.n, args, rank, world):
+            x = to_signed(images, accelerator.device)
+            x_hat, codes = generator.decode(generator.encode(to_model(x, args)).latents, return_dict=False)
+            rounded = to_uint8(from_model(x_hat, args))
+            if args.save_reconstructions:
+                save_pairs(args.save_reconstructions, numbers, images, rounded.cpu())
+            scores = self.score(images.to(accelerator.device), rounded)
+            scores["quantization_error"] = (codes.z - codes.e).square().mean()
+            for name, score in scores.items():
+                sums[name] = sums.get(name, 0) + score.double().item() * len(images)
+            counts += torch.bincount(codes.indices.cpu(), minlength=len(counts))
+            n += len(images)
+        everyone = gather_object([(sums, counts, n)])
+        counts, n = sum(counts for _, counts, _ in everyone), sum(n for _, _, n in everyone)
+        require(n, "--validation_split, --validation_data_dir: none of the held-out images can be read")
+        names = next(sums for sums, _, n in everyone if n)
+        metrics = {name: sum(sums.get(name, 0) for sums, _, _ in everyone) / n for name in names}
+        metrics |= codebook_use(counts)
+        for name, metric in self.frechet.items():
+            metrics[name] = metric.compute().item() if n > 1 else math.nan  # torchmetrics adds up all processes
+            metric.reset()
+        return {f"val/{name}_n{n}": value for name, value in metrics.items() if math.isfinite(value)}, counts
+
+    def score(self, images, rounded):
+        """Means over a batch of uint8 images and reconstructions [batch, 3, height, width]; updates the Frechet sums."""
+        x, x_hat = (to_signed(i, i.device) / 2 + 0.5 for i in (images, rounded))
+        psnr = torchmetrics.functional.image.peak_signal_noise_ratio
+        scores = {"psnr": psnr(x_hat, x, 1.0, reduction="none", dim=(1, 2, 3)).clamp(max=100).mean()}
+        if x.shape[-1] >= SSIM_WINDOW:
+            options = {"data_range": 1.0, "kernel_size": SSIM_WINDOW, "return_full_image": True}
+            full = torchmetrics.functional.image.structural_similarity_index_measure(x_hat, x, **options)[1]
+            border = SSIM_WINDOW // 2  # where torchmetrics reflects the image
+            scores["ssim"] = full[..., border:-border, border:-border].mean()
+        for name, distance in self.distances.items():  # not through accelerate's autocast
+            scores[name] = PerceptualLoss.forward(distance, x * 2 - 1, x_hat * 2 - 1)
+        for metric in self.frechet.values():
+            metric.update(images, real=True)
+            metric.update(rounded, real=False)
+        return scores
+
+    def protocol(self, weights):
+        """What has to be the same for two numbers to be comparable."""
+        args = self.args
+        source = args.validation_data_dir or args.dataset_name or args.train_data_dir or "images/train"
+        part = args.validation_split or (f"{args.validation_fraction} held out with seed {args.seed}")
+        return {
+            "weights": weights,
+            "data": source if args.validation_data_dir else f"{source}, {part}",
+            "resolution": args.resolution,
+            "crop": "short side resized (Pillow bicubic, antialiased), centre",
+            "rounding": "reconstructions clipped and rounded to 8 bits",
+            "ssim": "gaussian window 11, sigma 1.5, data range 1, border of 5 pixels cropped",
+            "distances": {name: network.layers for name, network in self.distances.items()},
+            "frechet": {name: metric.real_features_sum.numel() for name, metric in self.frechet.items()},
+            "precision": "fp32",
+            "versions": versions(),
+        }
+
+
+def codebook_use(counts):
+    """Use, its bound for equally likely codes, perplexity exp(H) and its share, of counts [codes]."""
+    tokens, codes = counts.sum().item(), len(counts)
+    perplexity = torch.special.entr(counts.double() / max(1, tokens)).sum().exp().item()
+    return {
+        "codebook_used": (counts > 0).double().mean().item(),
+        "codebook_bound": 1 - math.exp(-tokens / codes),
+        "perplexity": perplexity,
+        "perplexity_share": perplexity / codes,
+    }
+
+
+def save_pairs(folder, numbers, images, rounded):
+    """uint8 batches as folder/original/N.png and folder/reconstruction/N.png."""
+    for name, batch in (("original", images), ("reconstruction", rounded)):
+        (Path(folder) / name).mkdir(parents=True, exist_ok=True)
+        for i, image in zip(numbers, batch):
+            PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(Path(folder) / name / f"{i:06d}.png")
+
+
+def validate(accelerator, state, evaluation, images, items, args):
+    """(all processes) Evaluate the weights that would be exported, show reconstructions, keep the best export."""
+    metrics, extra = {}, {}
+    with ema_weights(state), in_eval_mode(state.generator):
+        if evaluation:
+            metrics, counts = evaluation(state.generator)
+            extra["protocol"] = evaluation.protocol("EMA" if state.ema else "generator")
+            show_code_use(accelerator, counts, state.step)
+    if images is not None and accelerator.is_main_process:
+        metrics |= show_images(accelerator, state, images, args)
+    if metrics:
+        write_metrics(accelerator, metrics, state.step, args, **extra)
+    if args.save_best and accelerator.is_main_process:
+        keep_best(accelerator, state, items, metrics, args)
+    return metrics
+
+
+@contextmanager
+def in_eval_mode(network):
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train()
+
+
 @torch.no_grad()
 @exact_fp32()
-def validate(accelerator, state, images, args):
+def show_images(accelerator, state, images, args):
     """(main process) Reconstruct `images` in fp32 with the weights that would be exported.
 
-    Writes output_dir/validation/step-N.png, one strip original | reconstruction per image, and shows the strips on the
-    trackers. Returns metrics: PSNR in dB over [0, 1] after rounding to 8 bits, mean over images.
+    Writes output_dir/validation/step-N.png, a strip original | reconstruction | absolute difference for each, and
+    shows the strips on the trackers. Returns their mean PSNR in dB.
     """
-    state.generator.eval()
     pairs = []
-    with ema_weights(state):
+    with ema_weights(state), in_eval_mode(state.generator):
         for image in images.split(1):
             x = to_signed(image, accelerator.device)
             x_hat = state.generator.decode(state.generator.encode(to_model(x, args)).latents).sample
             pairs.append((image, to_uint8(from_model(x_hat, args)).cpu()))
-    state.generator.train()
     psnr = torchmetrics.functional.image.peak_signal_noise_ratio
     scores = [psnr(x_hat / 255.0, x / 255.0, data_range=1.0).item() for x, x_hat in pairs]
-    strips = torch.cat([torch.cat(pair, dim=3) for pair in pairs])  # [n, 3, resolution, 2 * resolution]
+    strips = [torch.cat([x, x_hat, (x.int() - x_hat.int()).abs().to(torch.uint8)], dim=3) for x, x_hat in pairs]
+    strips = torch.cat(strips)  # [n, 3, resolution, 3 * resolution]
     folder = Path(args.output_dir) / "validation"
     column = strips.permute(0, 2, 3, 1).flatten(0, 1).numpy()
     with keep_going("write validation images"):
@@ -1710,7 +2058,59 @@ def validate(accelerator, state, images, args):
         for tracker in accelerator.trackers:
             shown = strips if tracker.name == "tensorboard" else strips.permute(0, 2, 3, 1)
             tracker.log_images({"validation": shown.numpy()}, step=state.step)
-    return {"val/psnr": sum(scores) / len(scores)}
+    return {f"val/images_psnr_n{len(images)}": sum(scores) / len(scores)}
+
+
+def show_code_use(accelerator, counts, step):
+    """A histogram on the trackers of how often each code is chosen; 1 is as often as if all were equally likely."""
+    use = counts * (len(counts) / max(1, counts.sum().item()))
+    with keep_going("write to the trackers"):
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_histogram("val/code_use", use, step)
+            if tracker.name == "wandb":
+                import wandb
+
+                tracker.log({"val/code_use": wandb.Histogram(use.numpy())}, step=step)
+
+
+def keep_best(accelerator, state, items, metrics, args):
+    """(main process) Export to output_dir/best when --save_best is better than what best.json there says."""
+    best, temporary = Path(args.output_dir) / "best", Path(args.output_dir) / "unfinished-best"
+    key = next((key for key in metrics if key.startswith(f"val/{args.save_best}_")), None)
+    try:
+        before = json.loads((best / "best.json").read_text()).get(key)
+    except (OSError, ValueError):
+        before = None
+    if key is None or before is not None and BETTER[args.save_best](before, metrics[key]) == before:
+        return
+    with keep_going("keep the best export"):
+        shutil.rmtree(temporary, ignore_errors=True)
+        export(accelerator, state, items, args, temporary)
+        (temporary / "best.json").write_text(json.dumps({"step": state.step} | metrics, indent=2))
+        if best.exists():
+            best.rename(Path(args.output_dir) / "unfinished-old-best")
+        temporary.rename(best)
+        shutil.rmtree(Path(args.output_dir) / "unfinished-old-best", ignore_errors=True)
+        logger.info(f"Best so far: {key} {metrics[key]:.5g} at step {state.step}, in {best}")
+
+
+def evaluate_only(args):
+    """--eval_only: one JSON line on stdout."""
+    accelerator = start_accelerator(args)
+    set_seed(args.seed or 0)
+    generator = build_generator(args).to(accelerator.device).eval()
+    with accelerator.local_main_process_first():
+        _, held_out = load_data(args)
+        perceptual = build_perceptual(args)
+    evaluation = Evaluation(accelerator, held_out, perceptual, args)
+    logger.info(f"Evaluating {args.pretrained_model_name_or_path} at {args.resolution} pixels")
+    metrics, _ = evaluation(generator)
+    if accelerator.is_main_process:
+        print(json.dumps(metrics | {"protocol": evaluation.protocol(args.pretrained_model_name_or_path)}), flush=True)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return 0
 
 
 # ---- Reporting -----------------------------------------------------------------------------------------------------
@@ -1751,11 +2151,9 @@ class Clock:
 
 def codebook_metrics(accelerator, state):
     """(all processes) Share of the codes chosen since the last log, and their perplexity exp(H)."""
-    counts = accelerator.reduce(state.log_counts, "sum").double()
+    use = codebook_use(accelerator.reduce(state.log_counts, "sum").cpu())
     state.log_counts.zero_()
-    p = counts / counts.sum().clamp(min=1)
-    perplexity = torch.special.entr(p).sum().exp()
-    return {"codebook/used": (counts > 0).double().mean().item(), "codebook/perplexity": perplexity.item()}
+    return {"codebook/used": use["codebook_used"], "codebook/perplexity": use["perplexity"]}
 
 
 def report(accelerator, state, clock, bar, args):
@@ -1773,11 +2171,11 @@ def report(accelerator, state, clock, bar, args):
     bar.set_postfix({name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics})
 
 
-def write_metrics(accelerator, metrics, step, args):
-    """(main process) One line of output_dir/metrics.jsonl, and the trackers."""
+def write_metrics(accelerator, metrics, step, args, **extra):
+    """(main process) One line of output_dir/metrics.jsonl, with what is `extra` there, and the trackers."""
     if accelerator.is_main_process:
         with keep_going("write metrics"), open(Path(args.output_dir) / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
+            file.write(json.dumps({"step": step} | metrics | extra) + "\n")
     with keep_going("write to the trackers"):
         accelerator.log(metrics, step=step)
 
@@ -1936,11 +2334,9 @@ def train(args):
     generator, discriminator = build_generator(args), build_discriminator(args)
     images = load_validation_images(args)
     with accelerator.local_main_process_first():
-        items = load_items(args)
-        perceptual = None
-        if args.perceptual_weight:
-            layers, weights = args.timm_model_layers, args.timm_model_weights
-            perceptual = PerceptualLoss(args.timm_model_backend, layers, weights, args.resolution, args.cache_dir)
+        items, held_out = load_data(args)
+        perceptual = build_perceptual(args)
+    evaluation = Evaluation(accelerator, held_out, perceptual, args) if held_out is not None else None
     settle_flags(accelerator, items, args)
     trained = what_is_trained(args, generator, discriminator, items)
     repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
@@ -1969,17 +2365,20 @@ def train(args):
     accelerator.init_trackers(args.tracker_project_name, public_config(args), tracker_options)
 
     with signals_noted(state.watch):
-        validated = train_steps(accelerator, generator, discriminator, state, perceptual, items, images, args, trained)
+        validated = train_steps(
+            accelerator, generator, discriminator, state, perceptual, items, evaluation, images, args, trained
+        )
     if accelerator.is_main_process and not state.stopped:
         try:
-            export(accelerator, state, items, args)
+            export(accelerator, state, items, args, Path(args.output_dir))
         except WRITE_ERRORS as error:
             raise UserError(
                 f"--output_dir: cannot write the result to {args.output_dir}: {first_line(error)}; make room, and run "
                 "the same command again with --resume_from_checkpoint latest"
             ) from None
-        if validated:
-            logger.info(f"Validation images: {validated['val/psnr']:.2f} dB PSNR")
+        for name, value in (validated or {}).items():
+            if "psnr" in name:
+                logger.info(f"{name}: {value:.2f} dB")
         if repository:
             upload(args, repository)
     for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
@@ -1993,7 +2392,7 @@ def train(args):
     return STOPPED if state.stopped else 0
 
 
-def train_steps(accelerator, generator, discriminator, state, perceptual, items, images, args, trained):
+def train_steps(accelerator, generator, discriminator, state, perceptual, items, evaluation, images, args, trained):
     """The loop, to the last step or a signal. Returns the last validation's metrics."""
     total, start, validated = args.max_train_steps, args.discriminator_start, None
     schedule = build_schedule(args.lr_scheduler, args.lr_warmup_steps, total)
@@ -2027,9 +2426,10 @@ def train_steps(accelerator, generator, discriminator, state, perceptual, items,
         if due(state.step, args.log_steps) or last:
             report(accelerator, state, clock, bar, args)
         with clock.timing("paused"):
-            if images is not None and (due(state.step, args.validation_steps) or last) and accelerator.is_main_process:
-                validated = validate(accelerator, state, images, args)
-                write_metrics(accelerator, validated, state.step, args)
+            if due(state.step, args.validation_steps) or last:
+                validated = validate(accelerator, state, evaluation, images, items, args)
+            elif early(state.step, args) and accelerator.is_main_process:
+                show_images(accelerator, state, images, args)
             if due(state.step, args.checkpointing_steps) or (last and args.checkpointing_steps) or state.stopped:
                 state.saved = save_checkpoint(accelerator, state, args, trained)
     bar.close()
@@ -2039,6 +2439,11 @@ def train_steps(accelerator, generator, discriminator, state, perceptual, items,
 def set_learning_rate(optimizer, learning_rate):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def early(step, args):
+    """--early_images: at the powers of two before the first validation."""
+    return args.early_images and step < (args.validation_steps or step + 1) and step & (step - 1) == 0
 
 
 def due(step, every):
@@ -2054,7 +2459,7 @@ def main(argv=None):
     if args.hub_token:  # wandb records the command line
         sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
     try:
-        return train(args)
+        return evaluate_only(args) if args.eval_only else train(args)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, LocalError):
             print(

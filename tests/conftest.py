@@ -71,6 +71,7 @@ def flags(tmp_path, photos):
         *("--train_data_dir", str(photos), "--resolution", "16", "--train_batch_size", "2"),
         *("--timm_model_backend", "tf_efficientnet_lite0", "--timm_model_weights", "random"),
         *("--timm_model_layers", "0,1", "--max_train_steps", "2", "--dataloader_num_workers", "0", "--seed", "0"),
+        *("--validation_fraction", "0", "--lpips_weights", "none"),
         *("--report_to", "none", "--output_dir", str(tmp_path / "run")),
     ]
 

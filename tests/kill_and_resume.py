@@ -44,6 +44,7 @@ def arguments(folder):
         *("--discriminator_start", "10", "--discriminator_warmup", "10", "--codebook_restart_steps", "7"),
         *("--max_train_steps", str(STEPS), "--log_steps", "1", "--checkpointing_steps", "3"),
         *("--validation_steps", "5", "--validation_images", str(folder / "photos" / "0.png")),
+        *("--validation_fraction", "0.3", "--lpips_weights", "none"),
         *("--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest", "--report_to", "tensorboard"),
     ]
 

@@ -221,7 +221,7 @@ def test_package_weights_recognise_the_validation_photographs():
     Red when weights and biases of the norms, of equal shapes, swap places in `read_weights`.
     """
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    model.load_state_dict(tv.read_weights(PACKAGE, model.state_dict()))
+    model.load_state_dict(tv.read_weights("timm_model_weights", PACKAGE, model.state_dict()))
     x = torch.stack([photo(name, 224) for name in PHOTOS])
     assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5) == model.pretrained_cfg["std"]
     with torch.no_grad():

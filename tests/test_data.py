@@ -21,7 +21,7 @@ from conftest import metrics
 from diffusers.image_processor import VaeImageProcessor
 
 import train_vqgan
-from train_vqgan import UserError, load_items, permute, sample_numbers, to_rgb, to_signed, to_square, to_uint8
+from train_vqgan import UserError, permute, sample_numbers, to_rgb, to_signed, to_square, to_uint8
 
 
 def options(**changes):
@@ -29,7 +29,13 @@ def options(**changes):
     defaults = {"seed": 0, "resolution": 16, "center_crop": False, "random_flip": False, "train_batch_size": 2}
     defaults |= {"dataset_name": None, "dataset_config_name": None, "train_data_dir": None, "image_column": "image"}
     defaults |= {"streaming": False, "cache_dir": None, "max_train_samples": None, "dataloader_num_workers": 0}
+    defaults |= {"validation_fraction": 0, "validation_data_dir": None, "validation_split": None, "eval_only": False}
     return SimpleNamespace(**(defaults | {"validation_images": []} | changes))
+
+
+def load_items(args):
+    """The training images."""
+    return train_vqgan.load_data(args)[0]
 
 
 def process(rank=0, world=1):

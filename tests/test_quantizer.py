@@ -587,7 +587,7 @@ def initialised(flags, photos):
         generator.quant_conv.weight.data *= 5
         generator.quant_conv.bias.data += 3  # latents lie nowhere near the codes
         before = state.quantizer.embedding.weight.detach().clone()
-        items = tv.list_images(photos)
+        items = tv.list_images("train_data_dir", photos)
         torch.seed()  # the global generator has no say
         tv.initialise_codebook(accelerator, state, items, args)
         images = torch.stack([tv.SampleStream(items, args)[g] for g in range(2)])

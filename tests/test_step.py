@@ -17,7 +17,7 @@ def game(flags, float64):
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
     generator, discriminator = train_vqgan.build_generator(args), train_vqgan.build_discriminator(args)
-    items = train_vqgan.load_items(args)
+    items = train_vqgan.load_data(args)[0]
     train_vqgan.settle_flags(accelerator, items, args)
     state = TrainingState(generator, discriminator, args, accelerator.device)
     state.start_ema(args.ema_decay)

@@ -60,10 +60,10 @@ def test_everything_happens_on_schedule(train, validation):
     )
     lines = metrics(run)
     assert [line["step"] for line in lines if "loss/total" in line] == [2, 4, 6, 8, 9]
-    assert [line["step"] for line in lines if "val/psnr" in line] == [3, 6, 9]
+    assert [line["step"] for line in lines if "val/images_psnr_n5" in line] == [3, 6, 9]
     assert sorted(p.name for p in (run / "validation").iterdir()) == ["step-3.png", "step-6.png", "step-9.png"]
     assert [p.name for p in train_vqgan.checkpoints(run)] == ["checkpoint-4", "checkpoint-8", "checkpoint-9"]
-    assert PIL.Image.open(run / "validation" / "step-9.png").size == (32, 16 * len(validation))
+    assert PIL.Image.open(run / "validation" / "step-9.png").size == (48, 16 * len(validation))
     assert json.loads((run / "checkpoint-9" / "progress.json").read_text())["samples_seen"] == 9 * 6
     terms = {"loss/pixel", "loss/perceptual", "loss/codebook", "loss/commitment", "loss/adversarial", "loss/total"}
     others = {
@@ -107,9 +107,10 @@ def test_plain_diffusers_gives_the_validation_images(train, validation, tmp_path
     subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, str(run), validation[2], str(out)], check=True)
     plain = np.asarray(PIL.Image.open(out), dtype=int)
     assert plain.shape == (16, 16, 3) and plain.std() > 1
-    difference = np.abs(plain - strip[:, 16:])
+    difference = np.abs(plain - strip[:, 16:32])
     assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
     assert (strip[:, :16] == np.asarray(PIL.Image.open(validation[2]))).all()
+    assert (strip[:, 32:] == np.abs(strip[:, :16] - strip[:, 16:32])).all()
     model = train_vqgan.VQModel.from_pretrained(run / "vqmodel")
     raw = weights(run)["quantize.embedding.weight"]
     assert not torch.equal(raw, model.quantize.embedding.weight)  # EMA or folded: the precondition
@@ -172,6 +173,7 @@ REFUSED_ON_RESUME = [
     ["--center_crop"],
     ["--random_flip"],
     ["--codebook_norm", "none"],
+    ["--validation_fraction", "0.3"],
     ["--max_train_samples", "3"],
     ["--train_data_dir", "OTHER"],
     ["--model_config_name_or_path", "OTHER"],
@@ -195,6 +197,7 @@ TAKEN_ON_RESUME = [
     ["--checkpointing_steps", "1"],
     ["--checkpoints_total_limit", "1"],
     ["--validation_images", "IMAGE"],
+    ["--num_validation_samples", "2"],
     ["--use_ema"],
     ["--mixed_precision", "bf16"],
     ["--gradient_checkpointing"],
@@ -441,7 +444,7 @@ def test_trackers_get_losses_and_images(train, validation, tracker, capfd):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         tags = EventAccumulator(str(events[0].parent)).Reload().Tags()
-        assert {"loss/total", "codebook/used", "val/psnr", "opt/lr"} <= set(tags["scalars"])
+        assert {"loss/total", "codebook/used", "val/images_psnr_n2", "opt/lr"} <= set(tags["scalars"])
         assert "validation" in {tag.split("/")[0] for tag in tags["images"]}
     if offline:
         assert len(list(offline[0].glob("files/media/images/*.png"))) == 2
@@ -462,5 +465,5 @@ def test_no_token_in_any_file(train):
 
 def test_bundled_photographs_are_the_default(flags):
     args = train_vqgan.parse_args(without(flags, "--train_data_dir"))
-    items = train_vqgan.load_items(args)
+    items = train_vqgan.load_data(args)[0]
     assert len(items) > 200 and all(path.parent == REPOSITORY / "images" / "train" for path in items)
