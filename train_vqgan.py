@@ -2076,22 +2076,23 @@ def show_code_use(accelerator, counts, step):
 
 def keep_best(accelerator, state, items, metrics, args):
     """(main process) Export to output_dir/best when --save_best is better than what best.json there says."""
-    best, temporary = Path(args.output_dir) / "best", Path(args.output_dir) / "unfinished-best"
+    best, before, new = (Path(args.output_dir) / name for name in ("best", "best-before", "unfinished-best"))
     key = next((key for key in metrics if key.startswith(f"val/{args.save_best}_")), None)
-    try:
-        before = json.loads((best / "best.json").read_text()).get(key)
-    except (OSError, ValueError):
-        before = None
-    if key is None or before is not None and BETTER[args.save_best](before, metrics[key]) == before:
+    earlier = []
+    for folder in (best, before):  # the second after a kill between the two renames below
+        with suppress(OSError, ValueError, KeyError):
+            earlier.append(json.loads((folder / "best.json").read_text())[key])
+    if not key or any(BETTER[args.save_best](value, metrics[key]) == value for value in earlier):
         return
     with keep_going("keep the best export"):
-        shutil.rmtree(temporary, ignore_errors=True)
-        export(accelerator, state, items, args, temporary)
-        (temporary / "best.json").write_text(json.dumps({"step": state.step} | metrics, indent=2))
+        shutil.rmtree(new, ignore_errors=True)
+        export(accelerator, state, items, args, new)
+        (new / "best.json").write_text(json.dumps({"step": state.step} | metrics, indent=2))
         if best.exists():
-            best.rename(Path(args.output_dir) / "unfinished-old-best")
-        temporary.rename(best)
-        shutil.rmtree(Path(args.output_dir) / "unfinished-old-best", ignore_errors=True)
+            shutil.rmtree(before, ignore_errors=True)
+            best.rename(before)
+        new.rename(best)
+        shutil.rmtree(before, ignore_errors=True)
         logger.info(f"Best so far: {key} {metrics[key]:.5g} at step {state.step}, in {best}")
 
 

@@ -45,6 +45,7 @@ def evaluate(flags, capsys):
         assert train_vqgan.main([*flags_, *given, *map(str, more)]) == 0
         out = capsys.readouterr().out
         assert out.count("\n") == 1, "one line on stdout"
+        assert not train_vqgan.Path("vqgan-output").exists(), "something was written"
         return named(json.loads(out))
 
     return run
@@ -84,7 +85,7 @@ def pairs(folder):
 
 
 def test_psnr_and_ssim_are_those_of_scikit_image(evaluate, trained, hundred_and_one, tmp_path):
-    """On the saved PNGs. Red without rounding to 8 bits, with PSNR of the mean error, or without cropping SSIM's border."""
+    """On the saved PNGs. Red with the PSNR of a batch's mean error, or without cropping SSIM's border."""
     found = evaluate(trained, "--validation_data_dir", hundred_and_one, "--save_reconstructions", tmp_path / "png")
     images = pairs(tmp_path / "png")
     assert found["n"] == len(images) == 101 and images[0][0].shape == (16, 16, 3)
