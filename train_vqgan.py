@@ -3,7 +3,7 @@
 
     L_G = w_pixel |x - x_hat| + w_perceptual P(x, x_hat) + w_codebook |sg[z] - e|^2 + w_commitment |z - sg[e]|^2
           + lambda L_adv(x_hat)
-    L_D = E[max(0, 1 - D(x))] + E[max(0, 1 + D(x_hat))]
+    L_D = E[max(0, 1 - D(x))] + E[max(0, 1 + D(x_hat))]  (+ LeCAM)
 
 x: image, z: latents, e: code vectors nearest to z, x_hat: reconstruction, sg: stop-gradient, P: perceptual distance,
 D: discriminator. The objectives are those of Esser et al. 2021 (https://arxiv.org/abs/2012.09841).
@@ -32,14 +32,13 @@ import json
 import logging
 import math
 import os
-import platform
 import random
 import re
 import shlex
 import shutil
 import signal
 import sys
-import threading
+import tempfile
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +50,7 @@ from typing import NamedTuple
 import accelerate
 import datasets
 import diffusers
+import fsspec
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
@@ -91,24 +91,13 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 STOPPED = 3  # exit status after a signal
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)  # what Pillow raises
+DEFAULT_CONFIG = REPOSITORY / "configs" / "default_4x.json"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
-DEFAULT_VQMODEL = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "block_out_channels": [128, 256, 512],
-    "layers_per_block": 2,
-    "act_fn": "silu",
-    "latent_channels": 4,
-    "vq_embed_dim": 4,
-    "num_vq_embeddings": 16384,
-    "norm_num_groups": 32,
-    "norm_type": "spatial",
-    "sample_size": 32,
-    "scaling_factor": 0.18215,
-}
+FOREIGN = (
+    "checkpoints of taming-transformers, LDM, LlamaGen or MaskGIT are not read; convert them to a diffusers VQModel "
+    "directory (vqmodel/ of a run, or a Hub id) first"
+)
 
 
 class UserError(Exception):
@@ -122,6 +111,25 @@ class LocalError(UserError):
 def require(condition, message):
     if not condition:
         raise UserError(message)
+
+
+@contextmanager
+def explained(what, hint="", errors=Exception):
+    """What goes wrong inside is for the user to mend: one line, what, (why), hint."""
+    try:
+        yield
+    except UserError:
+        raise
+    except errors as error:
+        raise UserError(f"{what} ({first_line(error)}){hint}") from None
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def did_you_mean(close):
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 # ---- Flags ---------------------------------------------------------------------------------------------------------
@@ -139,16 +147,18 @@ REMOVED_FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors from the main process only, and recipes: `@file`, several flags a line, # comments.
+    """argparse with one-line errors, once per machine, and recipes: `@file`, several flags a line, # comments.
 
     Paths in a recipe are relative to the repository.
     """
 
     def error(self, message):
-        unknown = re.match("unrecognized arguments: (--[^ =]+)", str(message))
-        if unknown:
+        unknown = re.match("unrecognized arguments: (--[^ =]+)", message)
+        if unknown and unknown[1] in REMOVED_FLAGS:
+            message = f"{unknown[1]} is gone: {REMOVED_FLAGS[unknown[1]]}"
+        elif unknown:
             message += did_you_mean(difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.7))
-        self.exit(2, f"{self.prog}: error: {message}\n" if int(os.environ.get("RANK", 0)) == 0 else None)
+        self.exit(2, f"{self.prog}: error: {message}\n" if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None)
 
     def convert_arg_line_to_args(self, line):
         try:
@@ -167,11 +177,6 @@ class Parser(argparse.ArgumentParser):
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-class RemovedFlag(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f"{option_string} is gone: {REMOVED_FLAGS[option_string]}")
 
 
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
@@ -200,8 +205,6 @@ def parse_args(argv=None):
     parser = Parser(prog="train_vqgan.py", description=__doc__.split("\n")[0], fromfile_prefix_chars="@", allow_abbrev=False, formatter_class=HelpFormatter)
     schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     positive, count, weight = number(int, 1), number(int, 0), number(float, 0)
-    for flag in REMOVED_FLAGS:
-        parser.add_argument(flag, nargs="*", action=RemovedFlag, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="data set on the Hub, or a local directory that the datasets library reads")
@@ -222,7 +225,9 @@ def parse_args(argv=None):
     add("--pretrained_model_name_or_path", help="start from this VQModel: directory or Hub id")
     add("--subfolder", help="folder of the pretrained model inside that directory or repository (default: vqmodel where there is one)")
     add("--revision", help="revision of the pretrained model or config on the Hub")
-    add("--discriminator_config_name_or_path", help="discriminator config: JSON file, directory or Hub id")
+    add("--discriminator_config_name_or_path", help="discriminator config: JSON file, directory or Hub id; see configs/")
+    add("--pretrained_discriminator_name_or_path", help="start from this discriminator: directory or Hub id")
+    add("--train_only", choices=["decoder"], help="leave the encoder and the codebook of the pretrained model as they are: its codes keep their meaning")
     add("--gradient_checkpointing", action="store_true", help="recompute the generator's activations in the backward pass: less memory, slower")
 
     add = parser.add_argument_group("objectives").add_argument
@@ -232,15 +237,19 @@ def parse_args(argv=None):
     add("--codebook_weight", type=weight, default=1.0, help="weight of |sg[z] - e|^2")
     add("--commitment_weight", type=weight, default=0.25, help="weight of |z - sg[e]|^2")
     add("--adversarial_weight", type=weight, default=0.1, help="weight of the adversarial loss, constant after its ramp; 0 trains no discriminator")
+    add("--adversarial_loss", choices=["hinge", "non_saturating"], default="hinge", help="loss of both players on the discriminator's logits")
+    add("--adaptive_weight", action="store_true", help="multiply the adversarial weight by the ratio of gradients of Esser et al., at most 100")
+    add("--lecam_weight", type=weight, default=0.0, help="weight of LeCAM, which holds the discriminator's logits together when images are few")
     add("--discriminator_start", type=steps_or_fraction, help="first step of the discriminator, in steps or as a fraction of the run (default: 0.1, at most 20000 steps)")
     add("--discriminator_warmup", type=steps_or_fraction, default=0.02, help="length of the ramp of the adversarial weight from there, in steps or as a fraction")
     add("--timm_model_backend", default="vgg19", help="timm model of the perceptual loss")
-    add("--timm_model_layers", help="its layers, names or indices separated by | or commas (default: all stages that are not pooling layers)")
+    add("--timm_model_layers", help="its layers, names or indices separated by | or commas, or logits (default: all stages that are not pooling layers)")
     add("--timm_model_weights", default="hub", help="its weights: hub, a local file, the name of an installed package that ships one, or random")
 
     add = parser.add_argument_group("codebook").add_argument
     add("--codebook_init", choices=["kmeans", "sphere", "uniform", "keep"], help="k-means of encoder outputs, unit sphere, diffusers' own, or as loaded (default: kmeans, keep with a pretrained model)")
     add("--codebook_norm", choices=["l2", "none"], help="search on the unit sphere, or not; folded into the codes on export (default: l2, none with a pretrained model)")
+    add("--gradient_estimator", choices=["straight_through", "rotation"], default="straight_through", help="how gradients pass the quantiser: as they are, or turned and scaled from the code to the latent")
     add("--codebook_restart_steps", type=count, help="move codes that nearly no latent chose for this many steps to encoder outputs; 0: never (default: 100, 0 with a pretrained model)")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -302,9 +311,8 @@ def parse_args(argv=None):
     try:
         check_args(args)
     except UserError as error:
-        parser.error(error)
+        parser.error(str(error))
     return args
-# fmt: on
 
 
 def check_args(args):
@@ -312,9 +320,7 @@ def check_args(args):
     output, resume, pretrained = Path(args.output_dir), args.resume_from_checkpoint, args.pretrained_model_name_or_path
     require(not (args.dataset_name and args.train_data_dir), "--dataset_name and --train_data_dir: give one of them")
     require(not args.streaming or args.dataset_name, "--streaming: needs --dataset_name")
-    require(
-        not args.streaming or args.max_train_steps, "--streaming: needs --max_train_steps; the data has no known end"
-    )
+    require(not args.streaming or args.max_train_steps or args.eval_only, "--streaming: needs --max_train_steps; the data has no known end")
     require(not (args.streaming and args.max_train_samples), "--max_train_samples: does not go with --streaming")
     for flag in ("train_data_dir", "validation_data_dir"):
         folder = getattr(args, flag)
@@ -327,9 +333,12 @@ def check_args(args):
         require(not path.endswith(".json") or Path(path).is_file(), f"--{flag}: no such file: {path}")
     both = pretrained and args.model_config_name_or_path
     require(not both, "--model_config_name_or_path: a pretrained model brings its own config; give one of them")
-    require(
-        args.timm_model_layers != "head", "--timm_model_layers: 'head' is no feature layer; leave it out for all stages"
-    )
+    both = args.pretrained_discriminator_name_or_path and args.discriminator_config_name_or_path
+    require(not both, "--discriminator_config_name_or_path: a pretrained discriminator brings its own; give one of them")
+    for flag in ("pretrained_model_name_or_path", "pretrained_discriminator_name_or_path"):
+        path = getattr(args, flag)
+        require(not path or not Path(path).is_file(), f"--{flag}: {path} is a single file; {FOREIGN}")
+    require(args.timm_model_layers != "head", "--timm_model_layers: 'head' is no feature layer; leave it out for all stages, or use logits")
     hub = args.push_to_hub or not (args.hub_token or args.hub_model_id)
     require(hub, "--hub_token and --hub_model_id: need --push_to_hub")
     bits = not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes")
@@ -339,60 +348,41 @@ def check_args(args):
     if args.codebook_restart_steps is None:
         args.codebook_restart_steps = 0 if pretrained else 100
     require(pretrained or args.codebook_init != "keep", "--codebook_init keep: needs --pretrained_model_name_or_path")
+    if args.train_only:
+        require(pretrained, "--train_only: needs --pretrained_model_name_or_path")
+        kept = args.codebook_init == "keep" and not args.codebook_restart_steps
+        require(kept, "--train_only: the codebook stays as it is; leave out --codebook_init and --codebook_restart_steps")
     if args.eval_only:  # nothing is written there
         return
-    try:
+    with explained(f"--output_dir: cannot write to {output}"):
         output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--output_dir: cannot write to {output}: {error.strerror}") from None
+        tempfile.TemporaryFile(dir=output).close()
     present = checkpoints(output, intact=False)
     if resume not in (None, "latest"):
         found = ", ".join(map(str, present)) or f"none in {output}"
         fault = damage(Path(resume))
         require(not fault, f"--resume_from_checkpoint: {resume} is not a finished checkpoint ({fault}); found: {found}")
-        later = [path for path in present if step_of(path) > step_of(resume)]
-        require(
-            not later,
-            f"--resume_from_checkpoint: later checkpoints than {resume} would be taken for its continuation; "
-            f"move them away first: {', '.join(map(str, later))}",
-        )
-    require(
-        resume or not (present or (output / "metrics.jsonl").exists()),
-        f"--output_dir: {output} already holds a run; add --resume_from_checkpoint latest to go on with it, "
-        "or choose another directory",
-    )
+        later = ", ".join(str(path) for path in present if step_of(path) > step_of(resume))
+        require(not later, f"--resume_from_checkpoint: later checkpoints than {resume} would be taken for its continuation; move them away first: {later}")
+    taken = not resume and (present or (output / "metrics.jsonl").exists())
+    require(not taken, f"--output_dir: {output} already holds a run; add --resume_from_checkpoint latest to go on with it, or choose another directory")
 
 
 def check_evaluation_args(args):
     """The flags of validation and --eval_only."""
     given = args.validation_data_dir or args.validation_split
-    require(
-        not (args.validation_data_dir and args.validation_split), "--validation_split: give it or a folder, not both"
-    )
+    require(not (args.validation_data_dir and args.validation_split), "--validation_split: give it or a folder, not both")
     require(not args.validation_split or args.dataset_name, "--validation_split: needs --dataset_name")
-    require(
-        not (given and args.validation_fraction), "--validation_fraction: held-out images are given; give one of them"
-    )
-    require(
-        not (args.streaming and args.validation_fraction),
-        "--validation_fraction: a stream cannot be divided; name held-out images with --validation_split",
-    )
+    require(not (given and args.validation_fraction), "--validation_fraction: held-out images are given; give one of them")
+    require(not (args.streaming and args.validation_fraction), "--validation_fraction: a stream cannot be divided; name held-out images with --validation_split")
     if args.validation_fraction is None:
         args.validation_fraction = 0 if given or args.streaming else 0.01
     require(args.validation_images or not args.early_images, "--early_images: needs --validation_images")
     held_out = given or args.validation_fraction
     require(held_out or not args.save_best, "--save_best: needs held-out images, see --validation_fraction")
-    present = {"perceptual": args.perceptual_weight, "rfid": args.fid, "frechet": args.frechet_backend}
-    present["lpips"] = args.lpips_weights != "none"
-    needs = {"perceptual": "--perceptual_weight", "rfid": "--fid", "frechet": "--frechet_backend"}
-    name = args.save_best
-    require(present.get(name, True), f"--save_best {name}: needs {needs.get(name, '--lpips_weights')}")
-    require(
-        args.lpips_weights != "random", "--lpips_weights: LPIPS is defined by pretrained weights; none leaves it out"
-    )
+    needs = {"perceptual": "perceptual_weight", "lpips": "lpips_weights", "rfid": "fid", "frechet": "frechet_backend"}.get(args.save_best)
+    require(not needs or getattr(args, needs) not in (0, None, False, "none"), f"--save_best {args.save_best}: needs --{needs}")
+    require(args.lpips_weights != "random", "--lpips_weights: LPIPS is defined by pretrained weights; none leaves it out")
     if args.frechet_backend:
         check_timm_model("frechet_backend", args.frechet_backend)
     weights = args.fid_weights
@@ -403,11 +393,8 @@ def check_evaluation_args(args):
         require(args.pretrained_model_name_or_path, "--eval_only: needs --pretrained_model_name_or_path")
         require(held_out, "--eval_only: name held-out images with --validation_data_dir or --validation_split")
         known = given or args.seed is not None or args.validation_fraction == 1
-        require(
-            known,
-            "--eval_only: which images a run held out depends on its --seed (in its README.md): give it, or name "
-            "images with --validation_data_dir or --validation_split",
-        )
+        require(known, "--eval_only: which images a run held out depends on its --seed (in its README.md): give it, or name images with --validation_data_dir or --validation_split")
+# fmt: on
 
 
 # ---- Data ----------------------------------------------------------------------------------------------------------
@@ -472,10 +459,13 @@ def to_square(image, resolution, rng=None, flip=False):
 
 def open_image(item):
     """A path, or what a datasets.Image column holds undecoded, to a PIL image."""
+    if isinstance(item, dict):
+        item = item["path"] if item["bytes"] is None else io.BytesIO(item["bytes"])
     if item is None:
         raise ValueError("no image in this row")
-    if isinstance(item, dict):
-        item = io.BytesIO(item["bytes"]) if item["bytes"] is not None else item["path"]
+    if isinstance(item, str) and "://" in item:  # an image folder on the Hub, streamed
+        with fsspec.open(item) as file:
+            item = io.BytesIO(file.read())
     return PIL.Image.open(item)
 
 
@@ -505,10 +495,9 @@ def name_of(items, index):
 def augment(item, g, args):
     """Global sample `g` of the stream, uint8 [3, resolution, resolution], the same whichever process loads it."""
     rng = random.Random((args.seed << 64) + g)
+    crop = None if args.center_crop else rng
     with open_image(item) as image:
-        return to_square(
-            image, args.resolution, None if args.center_crop else rng, args.random_flip and rng.random() < 0.5
-        )
+        return to_square(image, args.resolution, crop, args.random_flip and rng.random() < 0.5)
 
 
 class SampleStream(Dataset):
@@ -536,6 +525,29 @@ class SampleStream(Dataset):
         raise LocalError(f"ten training images in a row cannot be read; the last one: {name}")
 
 
+def load_or_report(kind, i, item, load):
+    """load(item), or None with a line when the image cannot be read."""
+    try:
+        return load(item)
+    except UNREADABLE as error:
+        logger.error(f"Skipped an unreadable {kind} image: {name_of({i: item}, i)}: {first_line(error)}")
+
+
+def read_ahead(numbered, load, size, threads):
+    """Lists [(number, load(number, item))] of up to `size`, without what is None; threads make the next meanwhile."""
+
+    def batches():
+        while chunk := list(itertools.islice(numbered, size)):
+            yield [(i, x) for (i, _), x in zip(chunk, pool.map(load, *zip(*chunk))) if x is not None]
+
+    with ThreadPoolExecutor(max(1, threads) + 1) as pool:
+        made = batches()
+        upcoming = pool.submit(next, made, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = pool.submit(next, made, None)
+            yield batch
+
+
 def remote_batches(dataset, args, start, rank, world, threads):
     """--streaming: batches of the shuffled stream again and again; process `rank` takes every world-th sample.
 
@@ -551,36 +563,21 @@ def remote_batches(dataset, args, start, rank, world, threads):
             dataset.set_epoch(epoch)
             for example in dataset:
                 if g >= start and (g - start) % world == rank:
-                    yield example[args.image_column], g
+                    yield g, example[args.image_column]
                 g += 1
             require(g > 0, f"--dataset_name: {args.dataset_name} has no images in its train split")
 
-    def load(item, g):
-        try:
-            return augment(item, g, args)
-        except UNREADABLE as error:
-            logger.error(f"Skipped an unreadable training image: {name_of({g: item}, g)}: {first_line(error)}")
+    def load(g, item):
+        return load_or_report("training", g, item, lambda item: augment(item, g, args))
 
-    def batches():
-        stream, good, bad = samples(), [], 0
-        while bad < 10:
-            images = list(pool.map(load, *zip(*itertools.islice(stream, args.train_batch_size))))
-            fresh = [image for image in images if image is not None]
-            good, bad = fresh or good, 0 if fresh else bad + 1
-            if good:
-                yield torch.stack([image if image is not None else good[0] for image in images])
-        raise LocalError("ten batches of training images in a row cannot be read")
-
-    with ThreadPoolExecutor(max(1, threads) + 1) as pool:
-        yield from one_ahead(pool, batches())
-
-
-def one_ahead(pool, batches):
-    """The same batches, each made by a thread of `pool` while the one before is used."""
-    upcoming = pool.submit(next, batches, None)
-    while (batch := upcoming.result()) is not None:
-        upcoming = pool.submit(next, batches, None)
-        yield batch
+    good, bad = [], 0
+    for batch in read_ahead(samples(), load, args.train_batch_size, threads):
+        fresh = [image for _, image in batch]
+        good, bad = fresh or good, 0 if fresh else bad + 1
+        if bad == 10:
+            raise LocalError("ten batches of training images in a row cannot be read")
+        if good:  # unreadable ones are made up for by another
+            yield torch.stack((fresh + good[:1] * args.train_batch_size)[: args.train_batch_size])
 
 
 def held_out_batches(items, n, args, rank, world):
@@ -591,22 +588,16 @@ def held_out_batches(items, n, args, rank, world):
     else:
         numbered = ((i, items[i]) for i in range(rank, n, world))
 
+    def square(item):
+        with open_image(item) as image:
+            return to_square(image, args.resolution)
+
     def load(i, item):
-        try:
-            with open_image(item) as image:
-                return i, to_square(image, args.resolution)
-        except UNREADABLE as error:
-            logger.error(f"Skipped an unreadable held-out image: {name_of({i: item}, i)}: {first_line(error)}")
+        return load_or_report("held-out", i, item, square)
 
-    def batches():
-        while chunk := list(itertools.islice(numbered, args.train_batch_size)):
-            loaded = [pair for pair in pool.map(load, *zip(*chunk)) if pair]
-            if loaded:
-                numbers, images = zip(*loaded)
-                yield numbers, torch.stack(images)
-
-    with ThreadPoolExecutor(cores_per_process() + 1) as pool:
-        yield from one_ahead(pool, batches())
+    for batch in filter(None, read_ahead(numbered, load, args.train_batch_size, cores_per_process())):
+        numbers, images = zip(*batch)
+        yield numbers, torch.stack(images)
 
 
 def list_images(flag, folder):
@@ -652,19 +643,17 @@ def load_data(args):
 
 def load_split(args, split):
     """Images of one split of --dataset_name, undecoded."""
-    dataset, column = open_split(args, split), args.image_column
+    dataset, column, name = open_split(args, split), args.image_column, args.dataset_name
     features = dataset.features or {}
-    if features and column not in features:
-        raise UserError(f"--image_column: no column '{column}' in {args.dataset_name}; it has: {', '.join(features)}")
+    listed = ", ".join(features)
+    require(not features or column in features, f"--image_column: no column '{column}' in {name}; it has: {listed}")
     if features and not isinstance(features[column], datasets.Image):
-        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        raise UserError(
-            f"--image_column: column '{column}' of {args.dataset_name} holds {features[column]}, not images; "
-            f"columns with images: {', '.join(images) or 'none'}"
-        )
+        images = ", ".join(name for name, feature in features.items() if isinstance(feature, datasets.Image)) or "none"
+        held = f"column '{column}' of {name} holds {features[column]}, not images"
+        raise UserError(f"--image_column: {held}; columns with images: {images}")
     if args.streaming:
         return dataset
-    require(len(dataset), f"--dataset_name: {args.dataset_name} has no images in its {split} split")
+    require(len(dataset), f"--dataset_name: {name} has no images in its {split} split")
     return dataset.cast_column(column, datasets.Image(decode=False))[column]
 
 
@@ -672,35 +661,24 @@ def open_split(args, split):
     """A split of --dataset_name: saved by `save_to_disk`, of a directory, or on the Hub."""
     name, path = args.dataset_name, Path(args.dataset_name)
     flag = "--dataset_name" if split == "train" else "--validation_split"
-    try:
+    what = f"--dataset_name: datasets cannot read {name}"
+    hint = ""
+    if not path.exists():
+        what = f"--dataset_name: no local directory {name}, and the Hub did not give it"
+        hint = "; check the name and the network, or name a local copy"
+        logger.info(f"Contacting the Hugging Face Hub for data set {name}")
+    with explained(what, hint):
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             dataset = datasets.load_from_disk(name)
-            if not isinstance(dataset, datasets.DatasetDict):
-                dataset = {"train": dataset}
-            if split not in dataset:
-                raise UserError(f"{flag}: {name} has no {split} split; it has: {', '.join(dataset)}")
+            dataset = dataset if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
+            require(split in dataset, f"{flag}: {name} has no {split} split; it has: {', '.join(dataset)}")
             return dataset[split].to_iterable_dataset() if args.streaming else dataset[split]
-        if not path.exists():
-            logger.info(f"Contacting the Hugging Face Hub for data set {name}")
-        return datasets.load_dataset(
-            name, args.dataset_config_name, split=split, cache_dir=args.cache_dir, streaming=args.streaming
-        )
-    except UserError:
-        raise
-    except Exception as error:
-        reason = first_line(error)
-        if re.search("(Unknown|Bad) split", reason):
-            raise UserError(f"{flag}: {name} has no {split} split: {reason}") from None
-        if path.exists():
-            raise UserError(f"--dataset_name: datasets cannot read {name}: {reason}") from None
-        raise UserError(
-            f"--dataset_name: no local directory {name}, and the Hub did not give it ({reason}); "
-            "check the name and the network, or name a local copy"
-        ) from None
-
-
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        options = {"split": split, "cache_dir": args.cache_dir, "streaming": args.streaming}
+        try:
+            return datasets.load_dataset(name, args.dataset_config_name, **options)
+        except ValueError as error:
+            require(not re.search("(Unknown|Bad) split", str(error)), f"{flag}: {name} has no {split} split: {error}")
+            raise
 
 
 def sample_numbers(start, batch_size, rank, world):
@@ -710,38 +688,32 @@ def sample_numbers(start, batch_size, rank, world):
 
 
 def training_batches(items, args, start, accelerator):
-    """Endless uint8 micro-batches [train_batch_size, 3, resolution, resolution] of this process, from sample `start`."""
-    rank, world = accelerator.process_index, accelerator.num_processes
+    """Endless uint8 micro-batches [train_batch_size, 3, resolution, resolution] of this process, from sample `start`.
+
+    Data workers that die, killed for memory perhaps, are replaced: the position says all.
+    """
+    rank, world, size = accelerator.process_index, accelerator.num_processes, args.train_batch_size
     workers = min(8, cores_per_process()) if args.dataloader_num_workers is None else args.dataloader_num_workers
     if args.streaming:
-        return remote_batches(items, args, start, rank, world, workers)
-    options = {"num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
-    return local_batches(SampleStream(items, args), start, args.train_batch_size, rank, world, options)
-
-
-def local_batches(stream, start, batch_size, rank, world, options):
-    """Batches from `start`. Workers that die, killed for memory perhaps, are replaced: the position says all."""
-    deaths, died_at = 0, start
+        yield from remote_batches(items, args, start, rank, world, workers)
+    stream, deaths, died_at = SampleStream(items, args), 0, start
     while True:
         handler = signal.getsignal(signal.SIGCHLD)
-        numbers = sample_numbers(start, batch_size, rank, world)
-        batches = iter(DataLoader(stream, batch_sampler=numbers, **options))
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)  # torch's raises anywhere, while saving too
+        options = {"num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
+        batches = iter(DataLoader(stream, batch_sampler=sample_numbers(start, size, rank, world), **options))
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)  # torch's raises anywhere, while saving too
         try:
             for batch in batches:
-                start += batch_size * world
+                start += size * world
                 yield batch
         except RuntimeError as error:
             if "exited unexpectedly" not in str(error):  # what a worker raised comes with its own message
                 raise
-            deaths = deaths + 1 if start - died_at < 100 * batch_size * world else 1
-            died_at = start
+            deaths = deaths + 1 if start - died_at < 100 * size * world else 1
+            died_at, why = start, first_line(error)
             if deaths > 3:
-                raise LocalError(
-                    f"--dataloader_num_workers: data workers keep dying; use fewer ({first_line(error)})"
-                ) from None
-            logger.error(f"A data worker died; starting new ones at sample {start} ({first_line(error)})")
+                raise LocalError(f"--dataloader_num_workers: data workers keep dying; use fewer ({why})") from None
+            logger.error(f"A data worker died; starting new ones at sample {start} ({why})")
 
 
 def cores_per_process():
@@ -808,6 +780,18 @@ def nearest_codes(z, codes, buffer_bytes=64 << 20):
     return torch.cat([torch.addmm(half_squares, part, codes.T, alpha=-1).argmin(1) for part in z.split(rows)])
 
 
+def rotated(z, e):
+    """z turned and stretched onto e, [tokens, dim], by a map that gradients take for constant (Fifty et al. 2024).
+
+    |e| / |z| R z = e with R = I - 2 r r^T + 2 e_ z_^T, where z_, e_ and r are z, e and z_ + e_ scaled to unit length
+    (https://arxiv.org/abs/2410.06424, section 4.2). As products of vectors: no matrix per token.
+    """
+    z_, e_ = F.normalize(z, dim=1).detach(), F.normalize(e, dim=1).detach()
+    r = F.normalize(z_ + e_, dim=1)
+    scale = (e.norm(dim=1, keepdim=True) / z.norm(dim=1, keepdim=True).clamp(min=1e-12)).detach()
+    return scale * (z - 2 * r * (r * z).sum(1, keepdim=True) + 2 * e_ * (z_ * z).sum(1, keepdim=True))
+
+
 class Quantizer(VectorQuantizer):
     """diffusers' VectorQuantizer for training: same parameter, same images, another codebook loss and search.
 
@@ -820,9 +804,9 @@ class Quantizer(VectorQuantizer):
     one of largest cosine, so a plain VQModel holding the scaled rows chooses the same codes.
     """
 
-    def __init__(self, size, dim, norm):
+    def __init__(self, size, dim, norm, gradient_estimator="straight_through"):
         super().__init__(size, dim, beta=0.25, legacy=False)
-        self.norm = norm
+        self.norm, self.gradient_estimator = norm, gradient_estimator
 
     def codebook(self):
         """Code vectors as a plain VQModel would hold them, [codes, dim]."""
@@ -830,7 +814,10 @@ class Quantizer(VectorQuantizer):
         return F.normalize(weight, dim=1) if self.norm == "l2" else weight
 
     def forward(self, z):
-        """z: [batch, dim, height, width] -> codes of that shape, straight-through in training, Codes, (None, None, indices)."""
+        """z: [batch, dim, height, width] -> codes of that shape, Codes, (None, None, indices).
+
+        In training the codes pass gradients on to z, straight through or rotated; e gets none from the decoder.
+        """
         batch, dim, height, width = z.shape
         with torch.autocast(z.device.type, enabled=False):
             z = at_least_fp32(z).permute(0, 2, 3, 1).reshape(-1, dim)
@@ -839,7 +826,12 @@ class Quantizer(VectorQuantizer):
             through = z
             if self.norm == "l2":
                 e, through = F.normalize(e, dim=1), F.normalize(z, dim=1)
-            z_q = through + (e - through).detach() if self.training else e
+            if not self.training:
+                z_q = e
+            elif self.gradient_estimator == "rotation":
+                z_q = rotated(through, e)
+            else:
+                z_q = through + (e - through).detach()
             z_q = z_q.reshape(batch, height, width, dim).permute(0, 3, 1, 2).contiguous()
         return z_q, Codes(z, e, indices), (None, None, indices)
 
@@ -863,45 +855,70 @@ def kmeans(points, k, iterations, norm, generator):
     return centres
 
 
-class PerceptualLoss(nn.Module):
+class TimmModel(nn.Module):
+    """A frozen timm model for images [batch, 3, height, width] in [0, 1], resized, antialiased, to `size` if it has one."""
+
+    def __init__(self, backbone, size):
+        super().__init__()
+        self.backbone, self.size = backbone.requires_grad_(False), size
+        config = backbone.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.train(False)
+
+    def train(self, mode=True):
+        return super().train(False)  # batch norms and dropout stay as they were trained
+
+    def resized(self, x):
+        if self.size is None or tuple(x.shape[-2:]) == tuple(self.size):
+            return x
+        return F.interpolate(x, self.size, mode="bicubic", antialias=True)
+
+    def outputs(self, x):
+        return self.backbone((self.resized(x) - self.mean) / self.std)
+
+
+class PerceptualLoss(TimmModel):
     """P(x, x_hat) = mean_l mean_hw sum_c (phi_l(x) / |phi_l(x)| - phi_l(x_hat) / |phi_l(x_hat)|)^2
 
     phi_l: stage l of a frozen timm backbone. For vgg16 each channel has LPIPS's calibrated weight and layers are
     summed: then P is LPIPS itself (Zhang et al. 2018, https://arxiv.org/abs/1801.03924, version 0.1, heads from
-    torchmetrics). Images are [batch, 3, height, width] in [-1, 1]; they enter the backbone at their own resolution
-    unless it only takes one, then resized, antialiased. Returns a scalar.
+    torchmetrics). With layers "logits" it is the mean squared difference of the classifier's logits (Weber et al. 2024,
+    https://arxiv.org/abs/2409.16211). Images are [batch, 3, height, width] in [-1, 1]; they enter the backbone at their
+    own resolution unless it only takes one, or a classifier is asked, then resized, antialiased. Returns a scalar.
 
     Raises UserError for an unknown model, layer or weights.
     """
 
     def __init__(self, name, layers=None, weights="hub", resolution=256, cache_dir=None, flag="timm_model_weights"):
-        super().__init__()
         check_timm_model("timm_model_backend", name)
-        try:
-            extractor = timm.create_model(name, pretrained=False, features_only=True)
-        except Exception as error:
-            raise UserError(f"--timm_model_backend: {name} gives no feature maps ({first_line(error)})") from None
-        modules = [stage["module"] for stage in extractor.feature_info.info]
-        chosen = self.resolve_layers(name, layers, modules, extractor)
-        self.layers = [modules[i] for i in chosen]
-        self.backbone = load_backbone(flag, name, weights, cache_dir, features_only=True, out_indices=chosen)
-        if isinstance(getattr(self.backbone, "blocks", None), nn.Sequential):  # timm runs all of an EfficientNet's
-            last = re.fullmatch(r"blocks\.(\d+)", self.layers[-1])
-            self.backbone.blocks = self.backbone.blocks[: int(last[1]) + 1 if last else 0]
-        self.nhwc = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")
-        config = self.backbone.pretrained_cfg
-        self.size = config["input_size"][-2:] if config.get("fixed_input_size") else None
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
-        heads = lpips_heads(self.layers) if name.split(".")[0] == "vgg16" else []
+        if layers == "logits":
+            stages, backbone = ["logits"], load_backbone(flag, name, weights, cache_dir)
+        else:
+            stages, backbone = self.load_stages(name, layers, weights, cache_dir, flag)
+        config = backbone.pretrained_cfg
+        sized = layers == "logits" or config.get("fixed_input_size")
+        super().__init__(backbone, config["input_size"][-2:] if sized else None)
+        self.layers = stages
+        self.nhwc = str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC")
+        heads = lpips_heads(self.layers) if name.split(".")[0] == "vgg16" and layers != "logits" else []
         self.heads = nn.ParameterList(nn.Parameter(head, requires_grad=False) for head in heads)
-        try:
-            with torch.no_grad():
-                self.features(torch.zeros(1, 3, resolution, resolution))
-        except Exception as error:
-            raise UserError(
-                f"--timm_model_backend: {name} fails at {resolution} pixels ({first_line(error)})"
-            ) from None
+        with explained(f"--timm_model_backend: {name} fails at {resolution} pixels"), torch.no_grad():
+            self(*torch.zeros(2, 1, 3, resolution, resolution))
+
+    @staticmethod
+    def load_stages(name, layers, weights, cache_dir, flag):
+        """Names of the stages of --timm_model_layers, and a backbone that gives them and runs no further."""
+        with explained(f"--timm_model_backend: {name} gives no feature maps"):
+            extractor = timm.create_model(name, pretrained=False, features_only=True)
+        modules = [stage["module"] for stage in extractor.feature_info.info]
+        chosen = PerceptualLoss.resolve_layers(name, layers, modules, extractor)
+        layers = [modules[i] for i in chosen]
+        backbone = load_backbone(flag, name, weights, cache_dir, features_only=True, out_indices=chosen)
+        if isinstance(getattr(backbone, "blocks", None), nn.Sequential):  # timm runs all of an EfficientNet's
+            last = re.fullmatch(r"blocks\.(\d+)", layers[-1])
+            backbone.blocks = backbone.blocks[: int(last[1]) + 1 if last else 0]
+        return layers, backbone
 
     @staticmethod
     def resolve_layers(name, layers, modules, extractor):
@@ -913,24 +930,22 @@ class PerceptualLoss(nn.Module):
         for layer in re.split(r"[|,\s]+", layers.strip()):
             if layer not in modules and not (layer.isdigit() and int(layer) < len(modules)):
                 listed = ", ".join(f"{i}: {module}" for i, module in enumerate(modules))
-                raise UserError(f"--timm_model_layers: {name} has no layer '{layer}'; it has {listed}")
+                raise UserError(f"--timm_model_layers: {name} has no layer '{layer}'; it has {listed}, and logits")
             chosen.add(modules.index(layer) if layer in modules else int(layer))
         return sorted(chosen)
 
     def features(self, x):
         """Unit-normalised features [batch, channels, height, width] of each layer, fp32."""
-        x = x / 2 + 0.5
-        if self.size and tuple(x.shape[-2:]) != tuple(self.size):
-            x = F.interpolate(x, self.size, mode="bicubic", antialias=True)
-        maps = [at_least_fp32(f) for f in self.backbone((x - self.mean) / self.std)]
+        maps = [at_least_fp32(f) for f in self.outputs(x / 2 + 0.5)]
         maps = [f.permute(0, 3, 1, 2) for f in maps] if self.nhwc else maps
         # epsilon inside the root: its gradient is infinite where all channels are zero
         return [f / (f.square().sum(1, keepdim=True) + 1e-10).sqrt() for f in maps]
 
-    def train(self, mode=True):
-        return super().train(False)  # batch norms and dropout stay as they were trained
-
     def forward(self, x, x_hat):
+        if self.layers == ["logits"]:
+            with torch.no_grad():
+                target = at_least_fp32(self.outputs(x / 2 + 0.5))
+            return F.mse_loss(at_least_fp32(self.outputs(x_hat / 2 + 0.5)), target)
         with torch.no_grad():
             targets = self.features(x)
         squares = [(t - f).square() for t, f in zip(targets, self.features(x_hat))]
@@ -956,25 +971,16 @@ def check_timm_model(flag, name):
 
 
 def load_backbone(flag, name, weights, cache_dir, **options):
-    """A frozen timm model with weights from the Hub, a file or an installed package, or random ones."""
-    try:
+    """A timm model with weights from the Hub, a file or an installed package, or random ones."""
+    hint = "; name a local file, an installed package that ships them, or random"
+    with explained(f"--{flag}: no weights of {name} from '{weights}'", hint):
         if weights == "random":
-            backbone = timm.create_model(name, pretrained=False, **options)
-        elif weights == "hub":
+            return timm.create_model(name, pretrained=False, **options)
+        if weights == "hub":
             logger.info(f"Fetching the weights of {name} from the Hugging Face Hub, unless they are cached")
-            backbone = timm.create_model(name, pretrained=True, cache_dir=cache_dir, **options)
-        else:
-            state = read_weights(flag, weights, timm.create_model(name, pretrained=False).state_dict())
-            overlay = {"state_dict": state}
-            backbone = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"--{flag}: no weights of {name} from '{weights}' ({first_line(error)}); "
-            "name a local file, an installed package that ships them, or random"
-        ) from None
-    return backbone.eval().requires_grad_(False)
+            return timm.create_model(name, pretrained=True, cache_dir=cache_dir, **options)
+        state = read_weights(flag, weights, timm.create_model(name, pretrained=False).state_dict())
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options)
 
 
 def read_weights(flag, source, expected):
@@ -997,7 +1003,7 @@ def read_weights(flag, source, expected):
         else:
             state = torch.load(files[0], map_location="cpu", weights_only=True)
         sizes = [(tensor.shape[:1], tensor.numel()) for tensor in state.values()]
-    except Exception:
+    except Exception:  # torch's own text advises to run the file's code
         raise UserError(f"--{flag}: {files[0].name} holds no plain tensors by name") from None
     if set(state) != set(expected):
         if sizes != [(tensor.shape[:1], tensor.numel()) for tensor in expected.values()]:
@@ -1006,8 +1012,11 @@ def read_weights(flag, source, expected):
     return state
 
 
-def did_you_mean(close):
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+# On the discriminator's logits: what the generator minimises, and what the discriminator does on real and fake images.
+ADVERSARIAL = {
+    "hinge": (lambda fake: -fake, lambda real: F.relu(1 - real), lambda fake: F.relu(1 + fake)),  # Lim and Ye 2017
+    "non_saturating": (lambda fake: F.softplus(-fake), lambda real: F.softplus(-real), F.softplus),  # Goodfellow 2014
+}
 
 
 def generator_loss(x, x_hat, codes, perceptual, discriminator, args, adversarial_weight):
@@ -1020,16 +1029,44 @@ def generator_loss(x, x_hat, codes, perceptual, discriminator, args, adversarial
         "commitment": (args.commitment_weight, F.mse_loss(codes.z, codes.e.detach())),
     }
     if adversarial_weight > 0:
-        terms["adversarial"] = (adversarial_weight, -discriminator(x_hat).mean())
+        terms["adversarial"] = (adversarial_weight, ADVERSARIAL[args.adversarial_loss][0](discriminator(x_hat)).mean())
     return sum(weight * term for weight, term in terms.values()), terms
 
 
-def discriminator_loss(x, x_hat, discriminator):
-    """L_D = E[max(0, 1 - D(x))] + E[max(0, 1 + D(x_hat))] (Lim and Ye 2017), and what the discriminator said."""
+def discriminator_loss(x, x_hat, discriminator, kind="hinge"):
+    """L_D, and what the discriminator said; `kind` is one of ADVERSARIAL."""
     real, fake = discriminator(torch.cat([x, x_hat])).chunk(2)
-    loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    _, on_real, on_fake = ADVERSARIAL[kind]
+    loss = on_real(real).mean() + on_fake(fake).mean()
     accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
     return loss, {"disc/loss": loss, "disc/real": real.mean(), "disc/fake": fake.mean(), "disc/accuracy": accuracy}
+
+
+def lecam(real, fake, anchors):
+    """LeCAM (Tseng et al. 2021, https://arxiv.org/abs/2104.03310): mean logits that run away from the others' average.
+
+    real, fake: means of this batch; anchors [2]: their moving averages.
+    """
+    return F.relu(real - anchors[1]).square() + F.relu(anchors[0] - fake).square()
+
+
+def adaptively_weighted(accelerator, terms, x_hat, last_layer):
+    """(all processes) Something whose gradient is that of L_G with an adaptive lambda, and this lambda.
+
+    lambda = w |grad_v (pixel + perceptual)| / (|grad_v adversarial| + 1e-4), v = last_layer (Esser et al. 2021, eq. 7),
+    the ratio at most 100 and averaged over processes. The gradients are split at x_hat: the perceptual network and the
+    discriminator are gone through once each, and the generator once, from there.
+    """
+    scale = accelerator.scaler.scale(x_hat.new_ones(())) if accelerator.scaler else 1.0  # fp16 would lose them
+    weight, adversarial = terms["adversarial"]
+    judged = sum(weight * term for name, (weight, term) in terms.items() if name in ("pixel", "perceptual"))
+    gradients = [torch.autograd.grad(loss * scale, x_hat)[0] for loss in (judged, adversarial)]
+    at_last = [torch.autograd.grad(x_hat, last_layer, g, retain_graph=True)[0] for g in gradients]
+    norms = [at_least_fp32(gradient).norm() for gradient in at_last]
+    ratio = (norms[0] / (norms[1] + 1e-4 * scale)).clamp(max=100)
+    weight = weight * accelerator.reduce(ratio, "mean")
+    objective = (x_hat * (gradients[0] + weight * gradients[1]) / scale).sum()
+    return objective + sum(terms[name][0] * terms[name][1] for name in ("codebook", "commitment")), weight
 
 
 def gradient_shares(terms, x_hat):
@@ -1068,16 +1105,9 @@ def read_config(flag, source, network, **where):
             raise UserError(f"--{flag}: {path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
     else:
         logger.info(f"Contacting the Hugging Face Hub for the config of {source}")
-        try:
+        hint = "" if network is not VQModel or where.get("subfolder") else "; is it in a --subfolder, such as vqvae?"
+        with explained(f"--{flag}: no local file or directory {source}, and the Hub did not give it", hint):
             config = network.load_config(source, **where)
-        except Exception as error:
-            hint = (
-                "" if network is not VQModel or where.get("subfolder") else "; is it in a --subfolder, such as vqvae?"
-            )
-            raise UserError(
-                f"--{flag}: no local file or directory {source}, and the Hub did not give it "
-                f"({first_line(error)}){hint}"
-            ) from None
     require(isinstance(config, dict), f"--{flag}: {path} holds no JSON object")
     known = [name for name in inspect.signature(network.__init__).parameters if name != "self"]
     config = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -1143,23 +1173,22 @@ def build_generator(args):
             source = str(inner) if inner.is_dir() or args.subfolder else source
         config = read_config(flag, source, VQModel, **where)
         check_vqmodel_config(flag, config, args.resolution)
-        try:
+        with explained(f"--{flag}: cannot load {source}"):
             model = VQModel.from_pretrained(source, torch_dtype=torch.get_default_dtype(), **where)
-        except Exception as error:
-            raise UserError(f"--{flag}: cannot load {source}: {first_line(error)}") from None
     else:
-        flag, config = "model_config_name_or_path", DEFAULT_VQMODEL
-        if args.model_config_name_or_path:
-            where = {"revision": args.revision, "cache_dir": args.cache_dir}
-            config = read_config(flag, args.model_config_name_or_path, VQModel, **where)
+        flag, source = "model_config_name_or_path", args.model_config_name_or_path or DEFAULT_CONFIG
+        config = read_config(flag, source, VQModel, revision=args.revision, cache_dir=args.cache_dir)
         check_vqmodel_config(flag, config, args.resolution)
-        try:
+        with explained(f"--{flag}: diffusers cannot build this model"):
             model = VQModel.from_config(config)
-        except Exception as error:
-            raise UserError(f"--{flag}: diffusers cannot build this model: {first_line(error)}") from None
-    quantizer = Quantizer(model.quantize.n_e, model.quantize.vq_embed_dim, args.codebook_norm)
+    sizes = model.quantize.n_e, model.quantize.vq_embed_dim
+    quantizer = Quantizer(*sizes, args.codebook_norm, args.gradient_estimator)
     quantizer.load_state_dict(model.quantize.state_dict())
     model.quantize = quantizer
+    if args.train_only == "decoder":
+        model.requires_grad_(False)
+        for part in (model.post_quant_conv, model.decoder):
+            part.requires_grad_(True)
     if args.codebook_init == "sphere":
         quantizer.embedding.weight.data = F.normalize(torch.randn_like(quantizer.embedding.weight), dim=1)
     if args.gradient_checkpointing:
@@ -1169,13 +1198,18 @@ def build_generator(args):
 
 
 def build_discriminator(args):
-    flag, config = "discriminator_config_name_or_path", {}
-    if args.discriminator_config_name_or_path:
-        config = read_config(flag, args.discriminator_config_name_or_path, Discriminator, cache_dir=args.cache_dir)
-    try:
-        discriminator = Discriminator.from_config(config)
-    except Exception as error:
-        raise UserError(f"--{flag}: {first_line(error)}") from None
+    """A new discriminator, or a pretrained one."""
+    pretrained, source = args.pretrained_discriminator_name_or_path, args.discriminator_config_name_or_path
+    flag = f"{'pretrained_discriminator' if pretrained else 'discriminator_config'}_name_or_path"
+    with explained(f"--{flag}"):
+        if pretrained:
+            inner = not Path(pretrained).is_dir() or (Path(pretrained) / "discriminator").is_dir()
+            where = {"subfolder": "discriminator"} if inner else {}
+            discriminator = Discriminator.from_pretrained(pretrained, cache_dir=args.cache_dir, **where)
+            discriminator.to(torch.get_default_dtype())
+        else:
+            config = read_config(flag, source, Discriminator, cache_dir=args.cache_dir) if source else {}
+            discriminator = Discriminator.from_config(config)
     require(discriminator.config.in_channels == 3, f"--{flag}: in_channels must be 3: training images are RGB")
     if args.adversarial_weight > 0 and args.resolution < discriminator.min_resolution:
         raise UserError(
@@ -1195,6 +1229,8 @@ def build_optimizer(network, learning_rate, args):
     """AdamW; no weight decay on the codebook, norms and biases: it would only shrink what sets a scale."""
     decayed, rest = [], []
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         (decayed if parameter.ndim > 1 and "quantize.embedding" not in name else rest).append(parameter)
     groups = [{"params": decayed, "weight_decay": args.adam_weight_decay}, {"params": rest, "weight_decay": 0.0}]
     options = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
@@ -1228,6 +1264,8 @@ class TrainingState:
         self.samples_logged = 0  # where the last log stood
         self.tracker_run = uuid.uuid4().hex[:8]
         self.averages = Averages()
+        self.lecam_anchors = torch.zeros(2, device=device)  # moving averages of the mean logits, real and fake
+        self.warned = False  # of a discriminator that has won or collapsed
         self.watch = Watch()
         self.stopped = False  # by a signal
         self.saved = True  # the last checkpoint
@@ -1284,7 +1322,7 @@ class Watch:
         names, device = list(self.counts), accelerator.device
         signalled = torch.full((), float(self.signal is not None), device=device)
         total = accelerator.reduce(torch.stack([*self.counts.values(), signalled]), "sum")
-        total = total.to("cpu", non_blocking=True)
+        total = total.to("cpu", non_blocking=device.type == "cuda")
         arrived = torch.cuda.Event() if device.type == "cuda" else None
         if arrived:
             arrived.record()
@@ -1411,8 +1449,14 @@ def generator_step(accelerator, generator, state, perceptual, micro_batches, wei
             with frozen(state.discriminator):
                 loss, terms = generator_loss(x, x_hat, codes, perceptual, state.discriminator, args, weight)
             if state.step == 0 and i == 0:
-                report_gradient_shares(accelerator, gradient_shares(terms, x_hat))
-            accelerator.backward(loss / len(micro_batches))
+                report_gradient_shares(gradient_shares(terms, x_hat))
+            objective = loss
+            if args.adaptive_weight and weight > 0:
+                last_layer = state.generator.decoder.conv_out.weight
+                objective, adapted = adaptively_weighted(accelerator, terms, x_hat, last_layer)
+                loss = loss + (adapted - weight) * terms["adversarial"][1]
+                state.averages.add({"opt/adversarial_weight": adapted})
+            accelerator.backward(objective / len(micro_batches))
         kept.append((x, x_hat.detach()))
         indices.append(codes.indices)
         total = total + loss.detach()
@@ -1434,16 +1478,23 @@ def generator_step(accelerator, generator, state, perceptual, micro_batches, wei
 
 def discriminator_step(accelerator, discriminator, state, kept, args):
     """Update the discriminator on L_D averaged over the same micro-batches."""
-    total = 0.0
+    total, said = 0.0, 0.0
     for i, (x, x_hat) in enumerate(kept):
         with synced(accelerator, discriminator, last=i == len(kept) - 1):
-            loss, metrics = discriminator_loss(x, x_hat, discriminator)
+            loss, metrics = discriminator_loss(x, x_hat, discriminator, args.adversarial_loss)
+            if args.lecam_weight:
+                metrics["disc/lecam"] = lecam(metrics["disc/real"], metrics["disc/fake"], state.lecam_anchors)
+                loss = loss + args.lecam_weight * metrics["disc/lecam"]
+                said = said + torch.stack([metrics["disc/real"], metrics["disc/fake"]]).detach() / len(kept)
             accelerator.backward(loss / len(kept))
         total = total + loss.detach()
         state.averages.add(metrics)
         state.watch.check({"loss of the discriminator": loss})
     optimizer = state.optimizers["discriminator"]
     norm, finite = clip_and_step(accelerator, discriminator, optimizer, total, args.max_grad_norm)
+    if args.lecam_weight:
+        said = accelerator.reduce(said.to(state.lecam_anchors), "mean")
+        state.lecam_anchors = torch.where(finite, state.lecam_anchors.lerp(said, 1e-3), state.lecam_anchors)
     state.averages.add({"opt/discriminator_grad_norm": norm})
     state.averages.add({"opt/discriminator_skipped": (~finite).float()})
     state.watch.check({"gradient of the discriminator": norm})
@@ -1487,8 +1538,10 @@ def restart_dead_codes(accelerator, state, z):
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(state.step)).to(pool.device)
     fresh = pool[order[(dead.squeeze(1).cumsum(0) - 1) % len(pool)]].to(weight.dtype)
     weight.copy_(torch.where(dead, fresh, weight))
-    moments = state.optimizers["generator"].optimizer.state.get(weight, {})
-    for moment in moments.values():
+    moments = state.optimizers["generator"].optimizer.state
+    if any(torch.is_tensor(moment) and moment.dtype == torch.uint8 for moment in moments.get(weight, {}).values()):
+        del moments[weight]  # 8-bit blocks share their scales: all begin anew
+    for moment in moments.get(weight, {}).values():
         if torch.is_tensor(moment) and moment.shape == weight.shape and moment.is_floating_point():
             moment.masked_fill_(dead, 0)
     if state.ema:
@@ -1560,17 +1613,9 @@ def what_is_trained(args, generator, discriminator, items):
     """What must be the same when a run is resumed."""
     configs = {f"model config {k}": v for k, v in generator.config.items() if k != "scaling_factor"}
     configs |= {f"discriminator config {k}": v for k, v in discriminator.config.items()}
-    flags = ["seed", "resolution", "pixel_range", "center_crop", "random_flip", "codebook_norm", "validation_fraction"]
-    flags += [
-        "use_8bit_adam",
-        "dataset_name",
-        "dataset_config_name",
-        "train_data_dir",
-        "image_column",
-        "max_train_samples",
-        "streaming",
-    ]
-    trained = {f"--{flag}": getattr(args, flag) for flag in flags}
+    flags = "seed resolution pixel_range center_crop random_flip codebook_norm validation_fraction train_only use_8bit_adam "
+    flags += "dataset_name dataset_config_name train_data_dir image_column max_train_samples streaming"
+    trained = {f"--{flag}": getattr(args, flag) for flag in flags.split()}
     trained["number of training images"] = None if args.streaming else len(items)
     return json.loads(json.dumps(trained | {k: v for k, v in configs.items() if "config _" not in k}))
 
@@ -1606,12 +1651,19 @@ def save_checkpoint(accelerator, state, args, trained):
         optimizers = {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
         moving = {"optimizers": optimizers, "scaler": scaler, "ema": ema, "averages": sums, **counts}
+        moving["lecam_anchors"] = state.lecam_anchors
         torch.save(moving, temporary / "training.pt")
 
     def finish():
         progress = {"step": state.step, "samples_seen": state.samples_seen, "restart_tokens": state.restart_tokens}
         progress |= {"seed": args.seed, "tracker_run": state.tracker_run, "processes": accelerator.num_processes}
-        progress |= {"versions": versions(), "trained": trained, "files": manifest(sorted(temporary.iterdir()))}
+        settled = {flag: getattr(args, flag) for flag in ("discriminator_start", "discriminator_warmup")}
+        progress |= {
+            "settled": settled,
+            "versions": versions(),
+            "trained": trained,
+            "files": manifest(sorted(temporary.iterdir())),
+        }
         (temporary / "progress.json").write_text(json.dumps(progress, indent=2))
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
@@ -1679,10 +1731,8 @@ def load_checkpoint(accelerator, state, checkpoint, args, trained):
     state.discriminator.load_state_dict(safetensors.torch.load_file(checkpoint / "discriminator.safetensors"))
     moving = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
     for name, optimizer in state.optimizers.items():
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        optimizer.load_state_dict(moving["optimizers"][name])
-        for group, now in zip(optimizer.param_groups, groups):  # flags of this run, not of the last
-            group.update(now)
+        groups = optimizer.state_dict()["param_groups"]  # flags of this run, not of the last
+        optimizer.load_state_dict(moving["optimizers"][name] | {"param_groups": groups})
     if accelerator.scaler and moving["scaler"]:
         accelerator.scaler.load_state_dict(moving["scaler"])
     if args.use_ema:
@@ -1699,6 +1749,7 @@ def load_checkpoint(accelerator, state, checkpoint, args, trained):
     share = 1 if accelerator.is_main_process else 0  # sums over processes: the first one carries them on
     for names, row in moving["averages"].items():
         state.averages.sums[tuple(names.split("|"))] = row.to(accelerator.device) * share
+    state.lecam_anchors.copy_(moving["lecam_anchors"])
     state.log_counts.copy_(moving["log_counts"] * share)
     state.restart_counts.copy_(moving["restart_counts"] * share)
     if progress["processes"] == accelerator.num_processes:
@@ -1723,19 +1774,22 @@ def versions():
 
 
 @contextmanager
-def ema_weights(state):
-    """Inside, the generator holds the EMA's weights, when there is one; nothing is copied."""
+def as_exported(state):
+    """Inside, the generator is in eval mode and holds the EMA's weights, when there is one; nothing is copied."""
     pairs = list(zip(state.generator.parameters(), state.ema.shadow_params)) if state.ema else []
+    training = state.generator.training
 
     def swap():
         for parameter, shadow in pairs:
             parameter.data, shadow.data = shadow.data, parameter.data
 
     swap()
+    state.generator.eval()
     try:
         yield
     finally:
         swap()
+        state.generator.train(training)
 
 
 def plain_vqmodel(generator, **config):
@@ -1752,16 +1806,17 @@ def export(accelerator, state, items, args, output):
     """(main process) vqmodel/, discriminator/ and image_processor/ for diffusers, and a model card, in `output`.
 
     `scaling_factor` is 1 / the standard deviation of the latents of up to 256 training images, so that a latent
-    diffusion model that multiplies by it sees unit variance.
+    diffusion model that multiplies by it sees unit variance; with --train_only the latents are as before.
     """
-    with ema_weights(state):
+    with as_exported(state):
         latents = []
         batches = training_batches(items, args, 0, accelerator)
         for _ in range(max(1, min(256, 0 if args.streaming else len(items)) // args.train_batch_size)):
             x = to_signed(next(batches), accelerator.device)
             latents.append(state.generator.encode(to_model(x, args)).latents.double())
         deviation = torch.cat(latents).std(correction=0).clamp(min=1e-6).item()
-        model = plain_vqmodel(state.generator, scaling_factor=round(1 / deviation, 5))
+        factor = state.generator.config.scaling_factor if args.train_only else round(1 / deviation, 5)
+        model = plain_vqmodel(state.generator, scaling_factor=factor)
     model.save_pretrained(output / "vqmodel")
     state.discriminator.save_pretrained(output / "discriminator")
     processor = VaeImageProcessor(
@@ -1775,8 +1830,7 @@ def export(accelerator, state, items, args, output):
 def model_card(state, model, args):
     """README.md for the Hub: what the model is, how to load it, how it was trained."""
     side = 2 ** (len(model.config.block_out_channels) - 1)
-    lines = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()
-    last = [line for line in lines if '"val/' in line][-1:] or lines[-1:]
+    last = [line for line in read_metrics(args) if "val/" in str(line)][-1:]
     flags = "\n".join(f"{name}: {value}" for name, value in public_config(args).items() if value != "")
     return f"""---
 library_name: diffusers
@@ -1789,7 +1843,7 @@ Trained for {state.step} steps on {state.samples_seen} images at {args.resolutio
 images) and how they were measured:
 
 ```json
-{json.dumps(json.loads("".join(last) or "{}"), indent=2)}
+{json.dumps(last[0] if last else {}, indent=2)}
 ```
 
 ```python
@@ -1813,15 +1867,16 @@ def create_repository(args):
     """(main process) Id of the repository to upload to, created before training: a bad token shows now."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     logger.info(f"Contacting the Hugging Face Hub to create {name}")
-    try:
+    with explained(f"--push_to_hub: the Hub did not create {name}"):
         return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
-    except Exception as error:
-        raise UserError(f"--push_to_hub: the Hub did not create {name}: {first_line(error)}") from None
 
 
 def upload(args, repository):
     ignored = ["bad-step-*", "checkpoint-*", "unfinished-*", "wandb/*", f"{args.logging_dir}/*"]
-    HfApi(token=args.hub_token).upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
+    with explained(f"--push_to_hub: {repository} was not uploaded", f"; the result is in {args.output_dir}"):
+        HfApi(token=args.hub_token).upload_folder(
+            repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored
+        )
     logger.info(f"Uploaded to {repository}")
 
 
@@ -1832,32 +1887,22 @@ def load_validation_images(args):
     """uint8 [n, 3, resolution, resolution]: short side resized, centre cropped; None without --validation_images."""
     images = []
     for path in args.validation_images:
-        try:
-            with PIL.Image.open(path) as image:
-                images.append(to_square(image, args.resolution))
-        except UNREADABLE as error:
-            raise UserError(f"--validation_images: cannot read {path}: {first_line(error)}") from None
+        with explained(f"--validation_images: cannot read {path}", errors=UNREADABLE), PIL.Image.open(path) as image:
+            images.append(to_square(image, args.resolution))
     return torch.stack(images) if images else None
 
 
-class PooledFeatures(nn.Module):
+class PooledFeatures(TimmModel):
     """uint8 images [batch, 3, height, width] -> pooled features [batch, num_features] of a timm model, at its size."""
 
     def __init__(self, name, weights, cache_dir):
-        super().__init__()
-        self.backbone = load_backbone("frechet_weights", name, weights, cache_dir, num_classes=0)
-        config = self.backbone.pretrained_cfg
-        self.size = config["input_size"][-2:]
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1))
+        backbone = load_backbone("frechet_weights", name, weights, cache_dir, num_classes=0)
+        super().__init__(backbone, backbone.pretrained_cfg["input_size"][-2:])
         self.num_features = self(torch.zeros(2, 3, *self.size, dtype=torch.uint8)).shape[1]
 
     @torch.no_grad()
     def forward(self, images):
-        x = images.to(self.mean.dtype) / 255
-        if tuple(x.shape[-2:]) != tuple(self.size):
-            x = F.interpolate(x, self.size, mode="bicubic", antialias=True).clamp(0, 1)
-        return self.backbone((x - self.mean) / self.std)
+        return self.outputs(self.resized(images.to(self.mean.dtype) / 255).clamp(0, 1))
 
 
 class Evaluation:
@@ -1869,18 +1914,24 @@ class Evaluation:
         self.n = at_most if isinstance(items, datasets.IterableDataset) else min(at_most or len(items), len(items))
         self.distances = {f"perceptual_{args.timm_model_backend}": perceptual} if perceptual else {}
         self.frechet = {}
-        offered = {"lpips": self.add_lpips} if args.lpips_weights != "none" else {}
-        offered |= {"rfid": self.add_inception} if args.fid else {}
-        offered |= {"frechet": self.add_frechet} if args.frechet_backend else {}
+        offered = {"lpips": self.load_lpips} if args.lpips_weights != "none" else {}
+        offered |= {"rfid": self.load_inception} if args.fid else {}
+        offered |= {"frechet": self.load_frechet} if args.frechet_backend else {}
         if args.resolution < SSIM_WINDOW:
             logger.warning(f"val/ssim is left out: its window needs --resolution {SSIM_WINDOW}")
-        for name, add in offered.items():
-            try:
-                with accelerator.local_main_process_first():
-                    add()
-            except UserError as error:
-                require(args.save_best != name, f"--save_best {name}: {error}")
+        for name, load in offered.items():
+            loaded = error = None
+            with accelerator.local_main_process_first():  # nothing may leave before its barrier
+                try:
+                    loaded = load()
+                except UserError as failure:
+                    error = str(failure)
+            error = next(filter(None, gather_object([error])), None)
+            require(not error or args.save_best != name, f"--save_best {name}: {error}")
+            if error:
                 logger.warning(f"val/{name} is left out: {error}")
+            else:
+                (self.distances if name == "lpips" else self.frechet).update(loaded)
         for network in [*self.distances.values(), *self.frechet.values()]:
             network.to(accelerator.device)
         for name, metric in self.frechet.items():
@@ -1888,31 +1939,25 @@ class Evaluation:
             if self.n and self.n < 2 * features:
                 logger.warning(f"val/{name}: {self.n} images are few for {features} features; compare at equal N only")
 
-    def add_lpips(self):
-        args = self.args
-        weights = args.lpips_weights
-        lpips = PerceptualLoss("vgg16", None, weights, max(64, args.resolution), args.cache_dir, "lpips_weights")
-        self.distances["lpips_vgg16"] = lpips
+    def load_lpips(self):
+        weights, resolution, cache = self.args.lpips_weights, max(64, self.args.resolution), self.args.cache_dir
+        return {"lpips_vgg16": PerceptualLoss("vgg16", None, weights, resolution, cache, "lpips_weights")}
 
-    def add_inception(self):
+    def load_inception(self):
         """Inception as torch-fidelity and the first FID code have it: TensorFlow's weights and its resizing."""
-        if importlib.util.find_spec("torch_fidelity") is None:
-            raise UserError("--fid: needs the torch-fidelity package; pip install torch-fidelity")
-        if not self.args.fid_weights:
+        missing = importlib.util.find_spec("torch_fidelity") is None
+        require(not missing, "--fid: needs the torch-fidelity package; pip install torch-fidelity")
+        source = self.args.fid_weights
+        if not source:
             logger.info("Fetching Inception's weights for --fid from github.com, unless they are cached")
-        try:
-            options = {"feature_extractor_weights_path": self.args.fid_weights, "antialias": False}
-            self.frechet["rfid_inception"] = FrechetInceptionDistance(2048, **options)
-        except Exception as error:
-            source = self.args.fid_weights or "github.com"
-            raise UserError(
-                f"--fid: no Inception weights from {source} ({first_line(error)}); --fid_weights takes "
-                "pt_inception-2015-12-05-6726825d.pth from torch-fidelity's releases"
-            ) from None
+        hint = "; --fid_weights takes pt_inception-2015-12-05-6726825d.pth from torch-fidelity's releases"
+        with explained(f"--fid: no Inception weights from {source or 'github.com'}", hint):
+            metric = FrechetInceptionDistance(2048, feature_extractor_weights_path=source, antialias=False)
+            return {"rfid_inception": metric}
 
-    def add_frechet(self):
+    def load_frechet(self):
         features = PooledFeatures(self.args.frechet_backend, self.args.frechet_weights, self.args.cache_dir)
-        self.frechet[f"frechet_{self.args.frechet_backend}"] = FrechetInceptionDistance(features)
+        return {f"frechet_{self.args.frechet_backend}": FrechetInceptionDistance(features)}
 
     @torch.no_grad()
     @exact_fp32()
@@ -2009,7 +2054,7 @@ def save_pairs(folder, numbers, images, rounded):
 def validate(accelerator, state, evaluation, images, items, args):
     """(all processes) Evaluate the weights that would be exported, show reconstructions, keep the best export."""
     metrics, extra = {}, {}
-    with ema_weights(state), in_eval_mode(state.generator):
+    with as_exported(state):
         if evaluation:
             metrics, counts = evaluation(state.generator)
             extra["protocol"] = evaluation.protocol("EMA" if state.ema else "generator")
@@ -2023,15 +2068,6 @@ def validate(accelerator, state, evaluation, images, items, args):
     return metrics
 
 
-@contextmanager
-def in_eval_mode(network):
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train()
-
-
 @torch.no_grad()
 @exact_fp32()
 def show_images(accelerator, state, images, args):
@@ -2041,7 +2077,7 @@ def show_images(accelerator, state, images, args):
     shows the strips on the trackers. Returns their mean PSNR in dB.
     """
     pairs = []
-    with ema_weights(state), in_eval_mode(state.generator):
+    with as_exported(state):
         for image in images.split(1):
             x = to_signed(image, accelerator.device)
             x_hat = state.generator.decode(state.generator.encode(to_model(x, args)).latents).sample
@@ -2099,7 +2135,8 @@ def keep_best(accelerator, state, items, metrics, args):
 def evaluate_only(args):
     """--eval_only: one JSON line on stdout."""
     accelerator = start_accelerator(args)
-    set_seed(args.seed or 0)
+    args.seed = args.seed or 0
+    set_seed(args.seed)
     generator = build_generator(args).to(accelerator.device).eval()
     with accelerator.local_main_process_first():
         _, held_out = load_data(args)
@@ -2150,19 +2187,16 @@ class Clock:
         return metrics
 
 
-def codebook_metrics(accelerator, state):
-    """(all processes) Share of the codes chosen since the last log, and their perplexity exp(H)."""
-    use = codebook_use(accelerator.reduce(state.log_counts, "sum").cpu())
-    state.log_counts.zero_()
-    return {"codebook/used": use["codebook_used"], "codebook/perplexity": use["perplexity"]}
-
-
 def report(accelerator, state, clock, bar, args):
     """(all processes) Means over the last log window to the trackers, metrics.jsonl and the progress bar."""
-    metrics = state.averages.read(accelerator) | codebook_metrics(accelerator, state)
+    metrics = state.averages.read(accelerator)
+    use = codebook_use(accelerator.reduce(state.log_counts, "sum").cpu())
+    state.log_counts.zero_()
+    metrics |= {"codebook/used": use["codebook_used"], "codebook/perplexity": use["perplexity"]}
     metrics["opt/lr"] = state.optimizers["generator"].param_groups[0]["lr"]
     metrics["opt/discriminator_lr"] = state.optimizers["discriminator"].param_groups[0]["lr"]
-    metrics["opt/adversarial_weight"] = adversarial_weight(state.step - 1, args)
+    metrics.setdefault("opt/adversarial_weight", adversarial_weight(state.step - 1, args))
+    warn_of_discriminator(state, metrics, args)
     metrics |= clock.read(images=state.samples_seen - state.samples_logged)
     state.samples_logged = state.samples_seen
     if accelerator.device.type == "cuda":
@@ -2170,6 +2204,22 @@ def report(accelerator, state, clock, bar, args):
     write_metrics(accelerator, metrics, state.step, args)
     shown = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "disc", "codebook/used": "codes"}
     bar.set_postfix({name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics})
+
+
+def warn_of_discriminator(state, metrics, args):
+    """One line, once, when the discriminator of the last log window has won or collapsed."""
+    settled = state.step > args.discriminator_start + args.discriminator_warmup
+    if state.warned or not settled or "disc/accuracy" not in metrics:
+        return
+    accuracy, gap = metrics["disc/accuracy"], abs(metrics["disc/real"] - metrics["disc/fake"])
+    if accuracy > 0.98:
+        advice = "has won, the generator learns little from it; lower --discr_learning_rate or raise --lecam_weight"
+    elif abs(accuracy - 0.5) < 0.02 and gap < 0.02:
+        advice = "has collapsed; raise --discr_learning_rate, or give it time with a lower --adversarial_weight"
+    else:
+        return
+    state.warned = True
+    logger.warning(f"Step {state.step}: the discriminator is right {accuracy:.0%} of the time: it {advice}")
 
 
 def write_metrics(accelerator, metrics, step, args, **extra):
@@ -2181,20 +2231,24 @@ def write_metrics(accelerator, metrics, step, args, **extra):
         accelerator.log(metrics, step=step)
 
 
+def read_metrics(args):
+    """The lines of metrics.jsonl, without one cut short by a full disk or a kill."""
+    path, lines = Path(args.output_dir) / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
 def cut_metrics(args, step):
     """(main process) Drop the lines of metrics.jsonl beyond `step`: the steps after it are taken again."""
     path = Path(args.output_dir) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        with suppress(ValueError):  # cut by a full disk or a kill
-            kept += [line] if json.loads(line)["step"] <= step else []
     new = path.with_suffix(".new")
-    new.write_text("".join(f"{line}\n" for line in kept))
+    new.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(args) if line["step"] <= step))
     new.replace(path)
 
 
-def report_gradient_shares(accelerator, shares):
+def report_gradient_shares(shares):
     """Log which term steers the decoder at the first step, and warn of one that drowns the others."""
     logger.info("Gradient at x_hat: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
     for name, share in shares.items():
@@ -2272,11 +2326,10 @@ def use_cpu_well():
     """
     if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(cores_per_process())
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_max = -1, -4
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+    with suppress(AttributeError, TypeError):  # not glibc
+        mallopt, m_trim_threshold, m_mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def check_shared(accelerator, args):
@@ -2310,16 +2363,20 @@ def checkpoint_bytes(state):
     return (4 if state.ema else 3) * sizes[0] + 3 * sizes[1]
 
 
-def settle_flags(accelerator, items, args):
-    """Fill in what depends on the data and the processes: steps, schedules, learning rates."""
+def settle_flags(accelerator, items, args, checkpoint=None):
+    """Fill in what depends on the data and the processes: steps, schedules, learning rates.
+
+    A start of the discriminator that was a fraction of the run stays where it was when the run is resumed and prolonged.
+    """
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(len(items) * args.num_train_epochs / batch)
-    if args.discriminator_start is None:
-        args.discriminator_start = min(args.max_train_steps // 10, 20000)
+    before = (read_progress(checkpoint) or {}).get("settled", {})
     for flag in ("discriminator_start", "discriminator_warmup"):
-        if isinstance(getattr(args, flag), float):
-            setattr(args, flag, round(getattr(args, flag) * args.max_train_steps))
+        value = getattr(args, flag)
+        if not isinstance(value, int):
+            value = min(args.max_train_steps // 10, 20000) if value is None else round(value * args.max_train_steps)
+            setattr(args, flag, before.get(flag, value))
     if args.scale_lr:
         args.learning_rate, args.discr_learning_rate = args.learning_rate * batch, args.discr_learning_rate * batch
 
@@ -2338,7 +2395,7 @@ def train(args):
         items, held_out = load_data(args)
         perceptual = build_perceptual(args)
     evaluation = Evaluation(accelerator, held_out, perceptual, args) if held_out is not None else None
-    settle_flags(accelerator, items, args)
+    settle_flags(accelerator, items, args, checkpoint)
     trained = what_is_trained(args, generator, discriminator, items)
     repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
@@ -2370,13 +2427,9 @@ def train(args):
             accelerator, generator, discriminator, state, perceptual, items, evaluation, images, args, trained
         )
     if accelerator.is_main_process and not state.stopped:
-        try:
+        hint = "; make room, and run the same command again with --resume_from_checkpoint latest"
+        with explained(f"--output_dir: cannot write the result to {args.output_dir}", hint, WRITE_ERRORS):
             export(accelerator, state, items, args, Path(args.output_dir))
-        except WRITE_ERRORS as error:
-            raise UserError(
-                f"--output_dir: cannot write the result to {args.output_dir}: {first_line(error)}; make room, and run "
-                "the same command again with --resume_from_checkpoint latest"
-            ) from None
         for name, value in (validated or {}).items():
             if "psnr" in name:
                 logger.info(f"{name}: {value:.2f} dB")
@@ -2462,7 +2515,7 @@ def main(argv=None):
     try:
         return evaluate_only(args) if args.eval_only else train(args)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, LocalError):
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, LocalError):
             print(
                 f"train_vqgan.py: error: {re.split('(?:User|Local)Error: ', str(error).splitlines()[-1])[-1]}",
                 file=sys.stderr,

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import REPOSITORY, TINY_DISCRIMINATOR, TINY_MODEL
 from diffusers import VQModel
 
 import train_vqgan
-from discriminator import Discriminator
+from discriminator import BlurPool, Discriminator
 
 MODEL, DISCRIMINATOR = "--model_config_name_or_path", "--discriminator_config_name_or_path"
 
@@ -268,6 +269,38 @@ def test_smallest_resolution_of_the_discriminator(depth, smallest):
         network(torch.zeros(1, 3, smallest - 1, smallest - 1))
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_smallest_resolution_with_blur_pool(depth):
+    """2 x 2 logits, so that norms of one channel a group still have something to divide by. Red when it is halved."""
+    network = Discriminator(hidden_channels=4, depth=depth, norm_num_groups=4, blur_pool=True)
+    smallest = network.min_resolution
+    assert network(torch.zeros(1, 3, smallest, smallest)).shape == (1, 1, 2, 2)
+
+
+def test_blur_pool_is_a_blur_of_every_second_pixel():
+    """Against numpy, away from the border. Red when a tap of the kernel, or the stride, is another."""
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    taps = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
+    found = BlurPool().double()(x)
+    assert found.shape == (2, 3, 8, 8)
+    for i, j in ((1, 1), (3, 6)):
+        window = x[:, :, 2 * i - 1 : 2 * i + 3, 2 * j - 1 : 2 * j + 3].numpy()
+        assert found[:, :, i, j].numpy() == pytest.approx((window * taps).sum((2, 3)))
+
+
+def test_blur_pool_makes_shifts_matter_less():
+    """Logits of an image and of the image one pixel further, same weights. Red when BlurPool takes every second pixel."""
+    x = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    changes = {}
+    for blur in (False, True):
+        torch.manual_seed(0)
+        network = Discriminator(hidden_channels=16, depth=3, norm_num_groups=4, blur_pool=blur).eval()
+        with torch.no_grad():
+            a, b = (network(i)[:, :, 2:-2, 2:-2] for i in (x, x.roll(1, 3)))
+        changes[blur] = ((a - b).square().mean() / a.var()).item()
+    assert changes[True] < changes[False] / 2
+
+
 def test_resolution_too_small_for_the_discriminator(bad_model):
     """Red when the check is left out of `build_discriminator`."""
     message = bad_model({"depth": 3, "hidden_channels": 8, "norm_num_groups": 4}, flag=DISCRIMINATOR)
@@ -316,11 +349,14 @@ PROPERTIES = {
         "vq_embed_dim": 4,
         "latent_channels": 4,
     },
+    "default_4x": {"block_out_channels": [128, 256, 512], "norm_type": "spatial", "num_vq_embeddings": 16384},
+    "small_8x": {"block_out_channels": [64, 128, 128, 256], "num_vq_embeddings": 4096, "norm_type": "group"},
+    "taming_16x": {"block_out_channels": [128, 128, 256, 256, 512], "num_vq_embeddings": 1024, "norm_type": "group"},
+    "vqgan_plus_16x": {"num_vq_embeddings": 1024, "mid_block_add_attention": False, "norm_type": "group"},
     "llamagen_16x": {"num_vq_embeddings": 16384, "vq_embed_dim": 8, "norm_type": "group"},
     "tiny_4x": {"down_block_types": [PLAIN_DOWN] * 3, "up_block_types": [PLAIN_UP] * 3},
 }
-LEVELS = {"movq_8x": 4, "movq_4x": 3, "llamagen_16x": 5, "tiny_4x": 3}
-DIMENSION = {"movq_8x": 4, "movq_4x": 4, "llamagen_16x": 8, "tiny_4x": 8}
+DIMENSION = {"movq_8x": 4, "movq_4x": 4, "default_4x": 4, "taming_16x": 256, "vqgan_plus_16x": 256}  # others: 8
 
 
 def test_every_config_has_a_test():
@@ -337,11 +373,11 @@ def test_config_of_the_repository(name, tmp_path, monkeypatch):
     with torch.device("meta"):
         model = build(path, tmp_path, monkeypatch)
         x = torch.zeros(2, 3, 64, 64)
-        levels, factor = len(config["block_out_channels"]), int(name.split("_")[1].removesuffix("x"))
-        assert levels == LEVELS[name] and 2 ** (levels - 1) == factor
+        levels, factor = len(config["block_out_channels"]), int(name.split("_")[-1].removesuffix("x"))
+        assert 2 ** (levels - 1) == factor
         z = model.encode(x).latents
-        assert z.shape == (2, DIMENSION[name], 64 // factor, 64 // factor)
-        assert model.quantize.embedding.weight.shape == (config["num_vq_embeddings"], DIMENSION[name])
+        assert z.shape == (2, DIMENSION.get(name, 8), 64 // factor, 64 // factor)
+        assert model.quantize.embedding.weight.shape == (config["num_vq_embeddings"], DIMENSION.get(name, 8))
         assert model.decode(z, force_not_quantize=True).sample.shape == x.shape
 
 
@@ -352,10 +388,11 @@ def test_tiny_config_is_tiny(tmp_path, monkeypatch):
 
 
 def test_default_config_has_the_shape_of_movq_4x():
-    config = json.loads((REPOSITORY / "configs/movq_4x.json").read_text())
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    assert train_vqgan.DEFAULT_VQMODEL == config | {"block_out_channels": [128, 256, 512]}
-    train_vqgan.check_vqmodel_config("flag", train_vqgan.DEFAULT_VQMODEL, 256)
+    shapes = [
+        json.loads(path.read_text()) for path in (train_vqgan.DEFAULT_CONFIG, REPOSITORY / "configs/movq_4x.json")
+    ]
+    default, movq = ({k: v for k, v in shape.items() if not k.startswith("_")} for shape in shapes)
+    assert default == movq | {"block_out_channels": [128, 256, 512]}
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("patchgan*.json")), ids=lambda path: path.name)
@@ -364,7 +401,7 @@ def test_discriminator_config_of_the_repository(path, tmp_path):
     flags = [DISCRIMINATOR, str(path), "--resolution", "256", "--output_dir", str(tmp_path / "run")]
     with torch.device("meta"):
         network = train_vqgan.build_discriminator(train_vqgan.parse_args(flags))
-        assert network(torch.zeros(2, 3, network.min_resolution, network.min_resolution)).shape == (2, 1, 1, 1)
+        assert network(torch.zeros(2, 3, network.min_resolution, network.min_resolution)).numel() in (2, 8)
 
 
 def test_patchgan_3_is_the_default():

@@ -12,7 +12,7 @@ import train_vqgan
 @pytest.fixture
 def parse(tmp_path, monkeypatch):
     """parse(*flags) -> namespace, from a working directory that is not the repository."""
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.chdir(tmp_path)
     return lambda *flags: train_vqgan.parse_args(["--output_dir", str(tmp_path / "run"), *map(str, flags)])
 
@@ -217,10 +217,10 @@ def test_error_in_a_recipe_is_one_line(refused, tmp_path):
 def test_every_recipe_parses_and_later_flags_win(parse, path, tmp_path):
     """Red when a recipe names a flag or file that is gone."""
     alone = parse(f"@{path}")
-    assert alone.max_train_steps != 3
-    args = parse(f"@{path}", "--max_train_steps", 3, "--output_dir", tmp_path / "other")
-    assert args.max_train_steps == 3 and args.output_dir == str(tmp_path / "other")
-    assert parse("--max_train_steps", 3, f"@{path}").max_train_steps == alone.max_train_steps
+    assert alone.resolution != 48
+    args = parse(f"@{path}", "--resolution", 48, "--output_dir", tmp_path / "other")
+    assert args.resolution == 48 and args.output_dir == str(tmp_path / "other")
+    assert parse("--resolution", 48, f"@{path}").resolution == alone.resolution
 
 
 # ---- Errors before anything is loaded ------------------------------------------------------------------------------
@@ -228,18 +228,22 @@ def test_every_recipe_parses_and_later_flags_win(parse, path, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--resolution", "0"], ["--local_rank", "1"], ["--timm_model_layers", "head"]])
 def test_other_ranks_fail_silently(parse, capsys, monkeypatch, flags):
-    """One line per run, not one per process. Red when `Parser.error` does not look at RANK."""
-    monkeypatch.setenv("RANK", "1")
+    """One line per machine, not one per process. Red when `Parser.error` does not look at LOCAL_RANK."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as stop:
         parse(*flags)
     assert stop.value.code == 2 and capsys.readouterr() == ("", "")
 
 
 def test_other_ranks_fail_silently_after_the_flags(flags, capsys, monkeypatch, tmp_path):
-    """An error found by `train`. Red when `main` does not look at RANK; on rank 0 the same run prints one line."""
-    (tmp_path / "model.json").write_text("{,}")
+    """An error found by `train`. Red when `main` does not look at LOCAL_RANK; on rank 0 the same run prints one line."""
+
+    def fails(args):
+        raise train_vqgan.UserError("--flag: wrong")
+
+    monkeypatch.setattr(train_vqgan, "train", fails)
     for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         assert train_vqgan.main(flags) == 2
         assert capsys.readouterr().err.count("error") == lines
 

@@ -77,6 +77,24 @@ def test_discriminator_gradient_stops_at_the_margin():
     assert x_hat.grad[0, 0].flatten().tolist() == [0, 0.25, 0.25, 0]
 
 
+def test_non_saturating_losses_by_hand():
+    """log(1 + e^-D) for what should be real, log(1 + e^D) for what should not. Red when a sign flips."""
+    x, x_hat = with_logits([2.0, 0.5, -1.0, 0.0]), with_logits([-3.0, -0.5, 1.0, 0.0])
+    loss, _ = tv.discriminator_loss(x, x_hat, by_channel, "non_saturating")
+    real = np.mean([math.log1p(math.exp(-v)) for v in (2.0, 0.5, -1.0, 0.0)])
+    fake = np.mean([math.log1p(math.exp(v)) for v in (-3.0, -0.5, 1.0, 0.0)])
+    assert loss.item() == pytest.approx(real + fake)
+    generator = tv.ADVERSARIAL["non_saturating"][0](torch.tensor([-3.0, 2.0])).tolist()
+    assert generator == pytest.approx([math.log1p(math.exp(3)), math.log1p(math.exp(-2))])
+
+
+def test_lecam_pulls_logits_that_run_away():
+    """By hand: real 2 above the fakes' average of 0.5, fake -1 below the reals' average of 0.25. Red when they swap."""
+    anchors = torch.tensor([0.25, 0.5])
+    assert tv.lecam(torch.tensor(2.0), torch.tensor(-1.0), anchors).item() == pytest.approx(1.5**2 + 1.25**2)
+    assert tv.lecam(torch.tensor(0.0), torch.tensor(1.0), anchors).item() == 0
+
+
 # ---- The generator's loss
 
 

@@ -37,6 +37,61 @@ def grid(z, batch, height, width):
     return z.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
+# ---- Rotation
+
+
+def test_rotation_is_the_matrix_of_the_paper():
+    """Forward the code, backward |e| / |z| R^T g with the R of Fifty et al. as a matrix, z's gradient alone.
+
+    Red when the 2 of a reflection, `scale`, or a `detach` is left out.
+    """
+    z, e = (random(40, 6, seed=i, dtype=torch.float64).requires_grad_() for i in (1, 2))
+    gradient = random(40, 6, seed=3, dtype=torch.float64)
+    found = tv.rotated(z, e)
+    assert torch.allclose(found, e, atol=1e-12)
+    found.backward(gradient)
+    assert e.grad is None
+    for zi, ei, gi, back in zip(z.detach(), e.detach(), gradient, z.grad):
+        a, b = zi / zi.norm(), ei / ei.norm()
+        r = (a + b) / (a + b).norm()
+        matrix = torch.eye(6, dtype=torch.float64) - 2 * torch.outer(r, r) + 2 * torch.outer(b, a)
+        assert torch.allclose(matrix @ matrix.T, torch.eye(6, dtype=torch.float64))  # a rotation
+        assert torch.allclose(back, ei.norm() / zi.norm() * matrix.T @ gi)
+
+
+def test_rotation_needs_no_matrix_per_token():
+    """A matrix for each of 100,000 tokens of 64 dimensions would be 1.6 GB. Red when R is built."""
+    z, e = random(100_000, 64), random(100_000, 64, seed=1)
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (out if isinstance(out, tuple) else [out]) if torch.is_tensor(t))
+            return out
+
+    with Sizes():
+        tv.rotated(z.requires_grad_(), e).sum().backward()
+    assert len(sizes) > 10 and max(sizes) == z.numel()
+
+
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_gradient_estimator_changes_gradients_not_images(norm):
+    """Red when Quantizer.forward forgets the estimator."""
+    z, weight = random(2, 6, 4, 4, dtype=torch.float64), unequal_codes(50, 6, dtype=torch.float64)
+    results = {}
+    for estimator in ("straight_through", "rotation"):
+        quantizer = tv.Quantizer(50, 6, norm, estimator).double()
+        quantizer.embedding.weight.data = weight.clone()
+        leaf = z.clone().requires_grad_()
+        z_q, codes, _ = quantizer(leaf)
+        (z_q * random(2, 6, 4, 4, seed=5, dtype=torch.float64)).sum().backward()
+        results[estimator] = z_q.detach(), leaf.grad
+        assert quantizer.embedding.weight.grad is None or not quantizer.embedding.weight.grad.any()
+    (a, grad_a), (b, grad_b) = results.values()
+    assert torch.allclose(a, b, atol=1e-12) and not torch.allclose(grad_a, grad_b, atol=1e-3)
+
+
 # ---- Search
 
 
@@ -346,7 +401,7 @@ def test_plain_vqmodel_gives_the_same_images(flags, tmp_path, norm, latent_scale
 
 @pytest.mark.parametrize("norm", ["none", "l2"])
 def test_plain_vqmodel_of_the_ema_weights(flags, tmp_path, norm):
-    """Inside ema_weights the EMA is exported, afterwards the weights. Red when the swap, or one of the two, is gone."""
+    """Inside as_exported the EMA is exported, afterwards the weights. Red when the swap, or one of the two, is gone."""
     generator, args = generator_and_args(flags, "--codebook_norm", norm)
     striking(generator)
     state = tv.TrainingState(generator, tv.build_discriminator(args), args, torch.device("cpu"))
@@ -356,7 +411,7 @@ def test_plain_vqmodel_of_the_ema_weights(flags, tmp_path, norm):
     generator.eval()
     x = random(4, 3, 64, 64).clamp(-1, 1)
     without = grey_levels(generator, x)
-    with tv.ema_weights(state):
+    with tv.as_exported(state):
         averaged = grey_levels(generator, x)
         plain = tv.plain_vqmodel(generator)
     assert (averaged - without).abs().mean() > 5  # the two are different models
@@ -390,7 +445,7 @@ def test_exported_weights_do_not_follow_the_training(flags):
     assert all(torch.equal(before[name], tensor) for name, tensor in plain.state_dict().items())
 
 
-def test_ema_weights_swaps_back_after_an_exception(flags):
+def test_as_exported_swaps_back_after_an_exception(flags):
     """Red when the second swap is not in a `finally`."""
     generator, args = generator_and_args(flags)
     state = tv.TrainingState(generator, tv.build_discriminator(args), args, torch.device("cpu"))
@@ -401,7 +456,7 @@ def test_ema_weights_swaps_back_after_an_exception(flags):
     weights = [p.detach().clone() for p in generator.parameters()]
     shadows = [s.clone() for s in state.ema.shadow_params]
     identities = [id(p) for p in generator.parameters()]
-    with pytest.raises(KeyError), tv.ema_weights(state):
+    with pytest.raises(KeyError), tv.as_exported(state):
         assert all(torch.equal(p, s) for p, s in zip(generator.parameters(), shadows))
         raise KeyError
     assert all(torch.equal(p, w) for p, w in zip(generator.parameters(), weights))
@@ -409,11 +464,11 @@ def test_ema_weights_swaps_back_after_an_exception(flags):
     assert [id(p) for p in generator.parameters()] == identities  # the optimiser still owns them
 
 
-def test_ema_weights_without_ema_changes_nothing(flags):
+def test_as_exported_without_ema_changes_nothing(flags):
     generator, args = generator_and_args(flags)
     state = tv.TrainingState(generator, tv.build_discriminator(args), args, torch.device("cpu"))
     weights = [p.detach().clone() for p in generator.parameters()]
-    with tv.ema_weights(state):
+    with tv.as_exported(state):
         assert all(torch.equal(p, w) for p, w in zip(generator.parameters(), weights))
 
 

