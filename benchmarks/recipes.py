@@ -5,7 +5,7 @@
     python benchmarks/recipes.py codebook --held_out squares --seeds 0 1 2
     python benchmarks/recipes.py large --held_out squares
     python benchmarks/recipes.py adversarial --held_out squares --seeds 0 1 2
-    python benchmarks/recipes.py upstream --held_out squares --seeds 0 1 2 --upstream path/to/diffusers/examples/vqgan
+    python benchmarks/recipes.py upstream --held_out squares --seeds 0 1 2 --steps 1500 --upstream path/to/examples/vqgan
     python benchmarks/recipes.py tables
 
 Every run is one line of benchmarks/recipes.jsonl; a run that is there already is not repeated, so that a suite can be
@@ -20,6 +20,8 @@ import json
 import os
 import platform
 import random
+import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,6 +52,16 @@ COMMON = (
     f"{PERCEPTUAL} --perceptual_weight 0.1 --resolution 64 --random_flip --train_batch_size 8 --learning_rate 1e-3 "
     "--lr_scheduler cosine --lr_warmup_steps 50 --validation_fraction 0 --report_to none --checkpointing_steps 0 "
     "--dataloader_num_workers 1 --discriminator_config_name_or_path configs/patchgan_tiny.json"
+)
+
+RATE = "--learning_rate 1e-3 --discr_learning_rate 1e-3"
+OURS = "--adversarial_weight 0.005 --lpips_weights none"
+UPSTREAM = (
+    "--model_config_name_or_path {config} --discriminator_config_name_or_path {folder}/discriminator.json --seed {seed} "
+    "--output_dir {folder}/out --train_data_dir images/train --image_column image --resolution 64 --random_flip "
+    "--train_batch_size 8 --gradient_accumulation_steps 1 --dataloader_num_workers 1 --timm_model_backend "
+    "tf_efficientnet_lite0 --timm_model_layers blocks --max_train_steps 1000000 --checkpointing_steps 1000000 "
+    "--validation_steps 1000000 --mixed_precision no --report_to tensorboard "
 )
 
 # variant -> what differs from the default
@@ -96,14 +108,16 @@ def environment(threads):
     return os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 
 
-def script(arguments, threads, timeout=None):
-    command = [sys.executable, str(REPOSITORY / "train_vqgan.py"), *arguments.split()]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(threads), capture_output=True, text=True, timeout=timeout
-    )
+def execute(command, threads):
+    """Standard output of `command`; ends the benchmark with its last words when it fails."""
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(threads), capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     return done.stdout
+
+
+def script(arguments, threads):
+    return execute([sys.executable, "train_vqgan.py", *arguments.split()], threads)
 
 
 def evaluate(model, samples, options, threads, more=""):
@@ -128,20 +142,29 @@ def train_and_evaluate(run, options):
     """One line for recipes.jsonl. run: suite, variant, codes, seed, steps, samples, flags."""
     threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "model.json"
+        config, start = Path(folder) / "model.json", time.perf_counter()
         config.write_text(json.dumps(SMALL | {"num_vq_embeddings": run["codes"]}))
-        start = time.perf_counter()
-        script(
-            f"--model_config_name_or_path {config} --output_dir {folder}/run --seed {run['seed']} {COMMON} "
-            f"--max_train_steps {run['steps']} --log_steps {max(1, run['steps'] // 50)} {run['flags']}",
-            threads,
-        )
-        seconds = time.perf_counter() - start
-        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-        kept = {key: value for key, value in lines[-1].items() if key.startswith(("disc/", "loss/", "opt/adv"))}
-        validated = [[line["step"], value] for line in lines for key, value in line.items() if "val/psnr" in key]
-        found = evaluate(f"{folder}/run", run["samples"], options, threads)
-    return run | {"seconds": round(seconds), "metrics": found, "last": kept, "psnr": validated, "versions": versions()}
+        if run["variant"].startswith("upstream"):
+            (Path(folder) / "discriminator.json").write_text(json.dumps({"hidden_channels": 128, "depth": 4}))
+            more = UPSTREAM.format(config=config, folder=folder, seed=run["seed"]) + run["flags"]
+            command = [sys.executable, "benchmarks/upstream.py", str(run["seconds"]), f"{folder}/run"]
+            said = execute([*command, options.upstream, *more.split()], threads).splitlines()[-1]
+            kept, validated, pixel_range = json.loads(said), [], "unit"
+        else:
+            script(
+                f"--model_config_name_or_path {config} --output_dir {folder}/run --seed {run['seed']} {COMMON} "
+                f"--max_train_steps {run['steps']} --log_steps {max(1, run['steps'] // 50)} {run['flags']}",
+                threads,
+            )
+            lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+            logged = [line for line in lines if "loss/total" in line]
+            kept = {key: value for key, value in logged[-1].items() if key.startswith(("disc/", "loss/", "opt/adv"))}
+            kept["shares"] = [[line["step"], line.get("disc/accuracy")] for line in logged if "disc/accuracy" in line]
+            validated = [[line["step"], value] for line in lines for key, value in line.items() if "val/psnr" in key]
+            pixel_range = "signed"
+        seconds = round(time.perf_counter() - start)
+        found = evaluate(f"{folder}/run", run["samples"], options, threads, f"--pixel_range {pixel_range}")
+    return run | {"took": seconds, "metrics": found, "last": kept, "psnr": validated, "versions": versions()}
 
 
 def suite(options, runs):
@@ -156,7 +179,7 @@ def suite(options, runs):
         with open(RESULTS, "a") as file:
             file.write(json.dumps(result) + "\n")
         shown = {k: round(v, 4) for k, v in result["metrics"].items()}
-        print(run["variant"], run["codes"], run["seed"], f"{result['seconds']} s", shown, flush=True)
+        print(run["variant"], run["codes"], run["seed"], f"{result['took']} s", shown, flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(work, todo))
@@ -204,15 +227,74 @@ def adversarial(options):
     )
 
 
+def upstream(options):
+    """Equal wall-clock: this script's whole process takes no longer than the other's training, after its start-up."""
+    seconds = 60 * options.minutes
+    ours = {"variant": "this script", "steps": options.steps, "flags": OURS}
+    theirs = {"variant": "upstream, its learning rate", "flags": "", "steps": 0}
+    faster = {"variant": "upstream, this learning rate", "flags": RATE, "steps": 0}
+    suite(
+        options,
+        [
+            run | {"suite": "upstream", "codes": 1024, "seed": seed, "samples": 5120, "seconds": seconds}
+            for seed in options.seeds
+            for run in (ours, theirs, faster)
+        ],
+    )
+
+
+COLUMNS = {
+    "PSNR, dB": ("psnr", 2),
+    "SSIM": ("ssim", 3),
+    "perceptual": ("perceptual_tf_efficientnet_lite0", 3),
+    "Frechet": ("frechet_tf_efficientnet_lite1", 1),
+    "codes used / bound": ("used", 3),
+    "perplexity / codes": ("perplexity_share", 3),
+}
+
+
+def table(runs):
+    """Markdown: a row for each variant and number of codes, mean and standard deviation over seeds."""
+    rows = {}
+    for run in runs:
+        run["metrics"]["used"] = run["metrics"]["codebook_used"] / run["metrics"]["codebook_bound"]
+        rows.setdefault((run["codes"], run["variant"]), []).append(run)
+    lines = [f"| codes | variant | seeds | {' | '.join(COLUMNS)} | seconds |", "|" + "---|" * (len(COLUMNS) + 4)]
+    for (codes, variant), group in rows.items():
+        cells = []
+        for key, digits in COLUMNS.values():
+            values = [run["metrics"][key] for run in group]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        took = round(statistics.median(run["took"] for run in group))
+        lines.append(f"| {codes:,} | `{variant}` | {len(group)} | {' | '.join(cells)} | {took} |")
+    return "\n".join(lines)
+
+
+def tables(options):
+    """Put the tables of recipes.jsonl between the marks in README.md here."""
+    runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    text = (HERE / "README.md").read_text()
+    for name in {run["suite"] for run in runs}:
+        made = table(sorted((run for run in runs if run["suite"] == name), key=lambda run: run["codes"]))
+        marks = f"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        assert re.search(marks, text, re.S), f"no place for the table of {name}"
+        text = re.sub(marks, lambda found, made=made: found[1] + made + found[2], text, flags=re.S)
+    (HERE / "README.md").write_text(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     suites = {"cut": cut, "codebook": codebook, "large": large, "adversarial": adversarial}
+    suites |= {"upstream": upstream, "tables": tables}
     parser.add_argument("suite", choices=suites)
     parser.add_argument("--held_out", help="folder of squares that `cut` makes")
     parser.add_argument("--photos", help="cut: folder of photographs")
     parser.add_argument("--number", type=int, default=5120, help="cut: squares to make")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="length of each run")
+    parser.add_argument("--upstream", help="upstream: folder of diffusers' examples/vqgan")
+    parser.add_argument("--minutes", type=float, default=8, help="upstream: of its training")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
     suites[options.suite](options)
