@@ -42,7 +42,7 @@ def arguments(folder):
         *("--timm_model_backend", "tf_efficientnet_lite0", "--timm_model_layers", "0,1"),
         *("--timm_model_weights", "random", "--dataloader_num_workers", "2", "--seed", "0"),
         *("--discriminator_start", "10", "--discriminator_warmup", "10", "--codebook_restart_steps", "7"),
-        *("--max_train_steps", str(STEPS), "--log_steps", "1", "--checkpointing_steps", "3"),
+        *("--max_train_steps", str(STEPS), "--log_steps", "2", "--checkpointing_steps", "3"),
         *("--validation_steps", "5", "--validation_images", str(folder / "photos" / "0.png")),
         *("--validation_fraction", "0.3", "--lpips_weights", "none"),
         *("--checkpoints_total_limit", "2", "--resume_from_checkpoint", "latest", "--report_to", "tensorboard"),
@@ -65,7 +65,7 @@ def steps_logged(run):
 def moment(run, process, rng, saving):
     """Wait for a random moment of this process, kill it, say when it was; None when it had finished by then."""
     start, first = time.monotonic(), steps_logged(run)
-    target = rng.randint(0, 8)
+    target = rng.randint(0, 4)
     while process.is_alive() and (time.monotonic() - start < 0.3 or steps_logged(run) < first + target):
         time.sleep(0.002)
     while process.is_alive():
@@ -133,7 +133,7 @@ def compare(untouched, run):
         )
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), f"{name} differs"
     assert metrics(untouched) == metrics(run), "metrics differ"
-    assert len([line for line in metrics(run) if "loss/total" in line]) == STEPS
+    assert len([line for line in metrics(run) if "loss/total" in line]) == STEPS // 2
 
 
 if __name__ == "__main__":

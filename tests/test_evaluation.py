@@ -393,7 +393,7 @@ sys.exit(status)
 def test_validation_leaves_no_trace_in_training(train, tmp_path):
     """Weights, EMA and losses with validation at every step and with none before the end are the same, bit by bit.
 
-    Red when validation draws random numbers, leaves the EMA's weights in place, or counts its codes.
+    Red when validation leaves the EMA's weights or eval mode in place, or counts its codes.
     """
     common = ["--max_train_steps", "6", "--log_steps", "1", "--use_ema", "--discriminator_start", "1", *FRACTION]
     common += ["--dataloader_num_workers", "1", "--codebook_restart_steps", "2", "--random_flip"]
@@ -432,14 +432,16 @@ def test_validation_split_that_is_not_there(train, error, hundred_and_one, tmp_p
 
 
 def test_unreadable_held_out_image_is_not_counted(evaluate, trained, hundred_and_one, tmp_path, caplog):
+    """Nor weighs it: the same numbers as without the file. Red when sums are weighted by a full batch."""
     (tmp_path / "images").mkdir()
     for i in range(5):
         (tmp_path / "images" / f"{i}.png").write_bytes((hundred_and_one / f"{i:03}.png").read_bytes())
     (tmp_path / "images" / "3.png").write_text("no image")
     found = evaluate(trained, "--validation_data_dir", tmp_path / "images")
-    assert (
-        found["n"] == 4 and caplog.text.count("Skipped an unreadable held-out image: ") == 1 and "3.png" in caplog.text
-    )
+    assert found["n"] == 4 and caplog.text.count("Skipped an unreadable held-out image: ") == 1
+    assert "3.png" in caplog.text
+    (tmp_path / "images" / "3.png").unlink()
+    assert evaluate(trained, "--validation_data_dir", tmp_path / "images") == pytest.approx(found, rel=1e-4)
 
 
 # ---- Pictures and the best export ----------------------------------------------------------------------------------

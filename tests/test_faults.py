@@ -188,6 +188,7 @@ def test_last_checkpoint_that_fails_is_said_at_the_end(flags, monkeypatch, capsy
     assert len(errors) == 1 and "the last checkpoint could not be saved" in errors[0]
     run = train_vqgan.Path(flags[-1])
     assert (run / "vqmodel").is_dir() and train_vqgan.checkpoints(run)[-1].name == "checkpoint-4"
+    assert not list(run.glob("unfinished-*"))
 
 
 def test_output_directory_that_vanishes(flags, at_step, tmp_path, capsys):
@@ -249,7 +250,9 @@ def test_damaged_checkpoint_is_left_for_the_one_before(train, whole, tmp_path, c
     shutil.copytree(whole, run)
     harm(run / "checkpoint-6" / name)
     train(*LONG, *RESUME, "--output_dir", str(run))
-    assert re.search(rf"checkpoint-6 is damaged and left out: {re.escape(name)}", caplog.text)
+    said = {truncate: r"has \d+ bytes", flip_a_bit: "does not have the content", os.remove: "is missing"}[harm]
+    said = "is missing or not whole" if name == "progress.json" else said
+    assert re.search(rf"checkpoint-6 is damaged and left out: {re.escape(name)} {said}", caplog.text)
     assert "Resumed from" in caplog.text and "checkpoint-4: step 4" in caplog.text
     same_result(whole, run)
 
@@ -272,6 +275,8 @@ def test_going_back_needs_the_later_checkpoints_out_of_the_way(train, flags, cap
     with pytest.raises(SystemExit):
         train_vqgan.main([*flags, *LONG, "--resume_from_checkpoint", str(run / "checkpoint-2")])
     assert "checkpoint-4" in capsys.readouterr().err
+    other = train(*LONG, "--resume_from_checkpoint", str(run / "checkpoint-2"), "--output_dir", str(run) + "-other")
+    assert min(line["step"] for line in metrics(other)) == 3, "it began at the one that was named"
     for step in (4, 6):
         os.rename(run / f"checkpoint-{step}", run / f"moved-{step}")
     train(*LONG, "--resume_from_checkpoint", str(run / "checkpoint-2"))
@@ -385,31 +390,48 @@ def test_token_is_in_no_file(flags, tmp_path, form):
 # ---- Precision and launch modes ------------------------------------------------------------------------------------
 
 
-def test_fp16_scaler_serves_both_players(train, monkeypatch, tmp_path, whole, caplog):
+def fp16_scaler(monkeypatch, **options):
+    """A GradScaler on the CPU in fp32, unscaled before clipping as accelerate does in fp16. Returns those started."""
+    start, unscale, scalers = train_vqgan.start_accelerator, train_vqgan.Accelerator.unscale_gradients, []
+
+    def scaled(args):
+        accelerator = start(args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, **options)
+        scalers.append(accelerator.scaler)
+        return accelerator
+
+    def as_in_fp16(accelerator, optimizer=None):
+        with monkeypatch.context() as patch:
+            patch.setattr(accelerator, "native_amp", True)
+            patch.setattr(train_vqgan.Accelerator, "mixed_precision", "fp16")
+            unscale(accelerator, optimizer)
+
+    monkeypatch.setattr(train_vqgan, "start_accelerator", scaled)
+    monkeypatch.setattr(train_vqgan.Accelerator, "unscale_gradients", as_in_fp16)
+    return scalers
+
+
+def test_fp16_scaler_serves_both_players(train, monkeypatch, tmp_path, caplog):
     """One GradScaler, two optimisers, on the CPU in fp32: a power of two scales exactly, so nothing may change.
 
     An overflow skips that player's update alone and halves the scale; the scale comes back on resume.
     Red when the discriminator's backward runs before the generator's step.
     """
-    start = train_vqgan.start_accelerator
-    scalers = []
-
-    def scaled(args):
-        accelerator = start(args)
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
-        scalers.append(accelerator.scaler)
-        return accelerator
-
-    monkeypatch.setattr(train_vqgan, "start_accelerator", scaled)
-    run = train(*LONG, "--output_dir", str(tmp_path / "scaled"))
+    fast = [*LONG, "--lr_warmup_steps", "0", "--learning_rate", "1e-3", "--discr_learning_rate", "1e-3"]
+    whole = train(*fast, "--output_dir", str(tmp_path / "whole"))
+    scalers = fp16_scaler(monkeypatch, growth_interval=3)
+    run = train(*fast, "--output_dir", str(tmp_path / "scaled"))
     assert scalers[0].is_enabled() and scalers[0].get_scale() > 2**10  # it grew, so it was updated
+    for name in ("generator", "discriminator"):
+        moved = [(w - weights(whole, name, 2)[key]).abs().max() for key, w in weights(whole, name).items()]
+        assert max(moved) > 2e-3, "training moves less than the tolerance below"
     for name in ("generator", "discriminator", "ema"):
         for key, w in weights(whole, name).items():
             torch.testing.assert_close(weights(run, name)[key], w, rtol=1e-3, atol=1e-5)
     moving = torch.load(run / "checkpoint-6" / "training.pt", weights_only=True)
     assert moving["scaler"]["scale"] == scalers[0].get_scale()
     shutil.rmtree(run / "checkpoint-6")
-    train(*LONG, *RESUME, "--output_dir", str(run))
+    train(*fast, *RESUME, "--output_dir", str(run))
     assert scalers[1].get_scale() == scalers[0].get_scale()
 
 
@@ -429,3 +451,21 @@ def test_manifest_names_every_file(train):
     files = json.loads((checkpoint / "progress.json").read_text())["files"]
     assert sorted(files) == sorted(FILES) == sorted(p.name for p in checkpoint.iterdir() if p.name != "progress.json")
     assert logging.getLogger("train_vqgan").handlers
+
+
+def test_fp16_overflow_skips_one_player(train, monkeypatch, tmp_path):
+    fp16_scaler(monkeypatch, growth_interval=1000)
+    step = train_vqgan.discriminator_step
+
+    def overflowing(accelerator, discriminator, state, kept, args):
+        hook = next(discriminator.parameters()).register_hook(lambda g: g * (float("inf") if state.step == 3 else 1))
+        step(accelerator, discriminator, state, kept, args)
+        hook.remove()
+
+    monkeypatch.setattr(train_vqgan, "discriminator_step", overflowing)
+    run = train(*LONG, "--checkpointing_steps", "1", "--discriminator_start", "0")
+    assert equal(weights(run, "discriminator", 3), weights(run, "discriminator", 4))
+    assert not equal(weights(run, "discriminator", 4), weights(run, "discriminator", 5))
+    assert not equal(weights(run, "generator", 3), weights(run, "generator", 4))
+    scales = [torch.load(run / f"checkpoint-{n}" / "training.pt", weights_only=True)["scaler"]["scale"] for n in (3, 4)]
+    assert scales == [2.0**10, 2.0**9]

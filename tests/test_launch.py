@@ -29,6 +29,15 @@ def spy(item, g, args):
     record["samples"].append(g)
     return augment(item, g, args)
 train_vqgan.augment = spy
+kmeans, use = train_vqgan.kmeans, train_vqgan.codebook_use
+def spy_kmeans(points, *rest):
+    codes = kmeans(points, *rest)
+    record["kmeans"] = [len(points), codes.tolist()]
+    return codes
+def spy_use(counts):
+    record.setdefault("tokens", []).append(counts.sum().item())
+    return use(counts)
+train_vqgan.kmeans, train_vqgan.codebook_use = spy_kmeans, spy_use
 step = train_vqgan.clip_and_step
 def spy_step(accelerator, network, optimizer, loss, max_norm):
     name = "generator" if hasattr(accelerator.unwrap_model(network), "quantize") else "discriminator"
@@ -202,14 +211,15 @@ def test_resume_with_another_world_size_sees_every_sample_once(spied, tmp_path):
     assert "2 processes before, 1 now" in spied.stderr
 
 
-def test_too_many_bad_steps_stop_all_processes(spied, tmp_path, flags):
-    environment = {"PLANT": "image", "PLANT_RANK": "1", "PLANT_STEPS": "2 3 4 5 6 7 8"}
+@pytest.mark.parametrize("planted", ["image", "loss"])
+def test_too_many_bad_steps_stop_all_processes(spied, tmp_path, flags, planted):
+    environment = {"PLANT": planted, "PLANT_RANK": "1", "PLANT_STEPS": "2 3 4 5 6 7 8"}
     more = ["--max_train_steps", "9", "--max_bad_steps", "3", "--output_dir", str(tmp_path / "run")]
     result = launch([tmp_path / "spy.py", tmp_path / "record", *flags, *more], 2, **environment)
     assert result.returncode != 0
     assert result.stderr.count("train_vqgan.py: error: 3 steps in a row were not finite") == 1
     images = [safetensors.torch.load_file(tmp_path / "run" / f"bad-step-4-process-{r}.safetensors") for r in (0, 1)]
-    assert [bool(i["0"].isnan().any()) for i in images] == [False, True]
+    assert [bool(i["0"].isnan().any()) for i in images] == [False, planted == "image"]
 
 
 def test_nodes_that_do_not_share_the_output_directory(flags, tmp_path):
@@ -232,6 +242,9 @@ def test_two_processes_agree_on_codebook_and_metrics(spied, tmp_path, init):
     more = ["--codebook_init", init, "--codebook_norm", "none", "--codebook_restart_steps", "2", "--use_ema"]
     records = spied(2, *more, "--max_train_steps", "6", "--log_steps", "3")
     assert records[0]["weights"] == records[1]["weights"]
+    assert records[0].get("kmeans") == records[1].get("kmeans")
+    assert init != "kmeans" or records[0]["kmeans"][0] == 2 * 2 * 64
+    assert records[0]["tokens"] == [3 * 2 * 2 * 64] * 2
     lines = metrics(tmp_path / "run-2")
     assert [line["step"] for line in lines] == [3, 6]
     assert init == "kmeans" or any(line.get("codebook/restarted", 0) > 0 for line in lines)

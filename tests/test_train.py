@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState
-from conftest import REPOSITORY, TINY_MODEL, metrics, without
+from conftest import REPOSITORY, TINY_DISCRIMINATOR, TINY_MODEL, metrics, without
 
 import train_vqgan
 
@@ -181,6 +181,7 @@ REFUSED_ON_RESUME = [
     ["--image_column", "picture"],
     ["--dataset_config_name", "other"],
     ["--streaming", "--dataset_name", "OTHER"],
+    ["--discriminator_config_name_or_path", "OTHER"],
 ]
 TAKEN_ON_RESUME = [
     ["--max_train_steps", "4"],
@@ -221,6 +222,8 @@ def test_resume_refuses_what_changes_the_training(train, flags, change, capsys, 
     other = tmp_path / "other"
     if change[0] == "--model_config_name_or_path":
         other.write_text(json.dumps(TINY_MODEL | {"layers_per_block": 2}))
+    elif change[0] == "--discriminator_config_name_or_path":
+        other.write_text(json.dumps(TINY_DISCRIMINATOR | {"hidden_channels": 16}))
     elif "OTHER" in change:
         shutil.copytree(photos, other / "train")
     resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
@@ -229,11 +232,13 @@ def test_resume_refuses_what_changes_the_training(train, flags, change, capsys, 
     assert train_vqgan.main([*flags, *resume, *change]) == 2
     line = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     named = {"--model_config_name_or_path": "model config layers_per_block", "--streaming": "--dataset_name"}
+    named |= {"--discriminator_config_name_or_path": "discriminator config hidden_channels"}
     assert len(line) == 1 and f"--resume_from_checkpoint: {named.get(change[0], change[0])}" in line[0]
 
 
 @pytest.mark.parametrize("change", TAKEN_ON_RESUME, ids=lambda change: change[0])
 def test_resume_takes_what_does_not(train, flags, change, photos):
+    """The run goes on from where it was, to the step and the sample. Red when what_is_trained lists the flag."""
     run = train("--checkpointing_steps", "2")
     AcceleratorState._reset_state(reset_partial_state=True)  # keeps its precision for the life of a process
     change = [str(photos / "0.png") if word == "IMAGE" else word for word in change]
@@ -244,6 +249,28 @@ def test_resume_takes_what_does_not(train, flags, change, photos):
     last = 4 if change[0] == "--max_train_steps" else 3
     assert progress["step"] == last
     assert progress["samples_seen"] == 2 * 2 + (last - 2) * batch * micro_batches
+
+
+def test_more_images_in_the_folder_are_another_training_set(train, flags, photos, tmp_path, capsys):
+    """Red when what_is_trained leaves out their number."""
+    shutil.copytree(photos, tmp_path / "grown")
+    train("--train_data_dir", str(tmp_path / "grown"))
+    shutil.copy(photos / "0.png", tmp_path / "grown" / "new.png")
+    more = ["--train_data_dir", str(tmp_path / "grown"), "--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
+    assert train_vqgan.main([*flags, *more]) == 2
+    assert "number of training images was 7" in capsys.readouterr().err
+
+
+def test_resume_takes_the_optimisers_flags_of_this_run(train):
+    """Moments go on, betas and epsilon are new. Red when the checkpoint's groups are loaded."""
+    run = train("--adam_beta1", "0.9")
+    train(
+        "--adam_beta1", "0.5", "--adam_epsilon", "1e-6", "--resume_from_checkpoint", "latest", "--max_train_steps", "3"
+    )
+    moving = torch.load(run / "checkpoint-3" / "training.pt", weights_only=True)
+    for group in moving["optimizers"]["generator"]["param_groups"]:
+        assert group["betas"] == (0.5, 0.99) and group["eps"] == 1e-6
+    assert all(s["step"] == 3 for s in moving["optimizers"]["generator"]["state"].values())
 
 
 def test_resume_with_more_steps_and_another_learning_rate(train):
@@ -261,7 +288,9 @@ def test_resume_with_more_steps_and_another_learning_rate(train):
         "latest",
     )
     lines = metrics(run)
-    assert [line["step"] for line in lines] == [1, 2, 3] and lines[-1]["opt/lr"] == 0.5 > lines[0]["opt/lr"]
+    assert [line["step"] for line in lines] == [1, 2, 3] and lines[2]["opt/lr"] == 0.5 > lines[1]["opt/lr"] > lines[0][
+        "opt/lr"
+    ]
 
 
 def test_seed_is_drawn_recorded_and_kept(flags):
