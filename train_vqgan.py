@@ -1273,6 +1273,9 @@ class TrainingState:
         self.log_counts = torch.zeros(codes, dtype=torch.long, device=device)  # since the last log, this process
         self.restart_counts = torch.zeros(codes, dtype=torch.long, device=device)  # since the last restart
         self.restart_tokens = 0  # tokens counted there, all processes
+        self.recent = torch.empty(
+            0, self.quantizer.vq_embed_dim, device=device
+        )  # latents of this process, for restarts
 
     def start_ema(self, decay):
         self.ema = EMAModel(self.generator.parameters(), decay=decay, foreach=True)
@@ -1438,10 +1441,9 @@ def clip_and_step(accelerator, network, optimizer, loss, max_norm):
 def generator_step(accelerator, generator, state, perceptual, micro_batches, weight, args):
     """Update the generator on L_G averaged over the micro-batches [batch, 3, height, width].
 
-    Returns the pairs (x, x_hat) for the discriminator and the last micro-batch's Codes.
+    Returns the pairs (x, x_hat) for the discriminator.
     """
-    kept, total = [], 0.0
-    indices = []
+    kept, chosen, total = [], [], 0.0
     for i, x in enumerate(micro_batches):
         with synced(accelerator, generator, last=i == len(micro_batches) - 1):
             x_hat, codes = generator(to_model(x, args), return_dict=False)  # the only call of the generator
@@ -1458,14 +1460,18 @@ def generator_step(accelerator, generator, state, perceptual, micro_batches, wei
                 state.averages.add({"opt/adversarial_weight": adapted})
             accelerator.backward(objective / len(micro_batches))
         kept.append((x, x_hat.detach()))
-        indices.append(codes.indices)
+        chosen.append(codes)
         total = total + loss.detach()
         state.averages.add({f"loss/{name}": term for name, (_, term) in terms.items()} | {"loss/total": loss})
         state.watch.check({name: term for name, (_, term) in terms.items()})
     norm, finite = clip_and_step(accelerator, generator, state.optimizers["generator"], total, args.max_grad_norm)
     if state.ema:
         state.ema.step(state.generator.parameters())
-    indices = torch.cat(indices)  # index_add_, as bincount waits for the device
+    if args.codebook_restart_steps:
+        state.recent = torch.cat([state.recent, *(codes.z.detach() for codes in chosen)])[
+            -restart_pool(accelerator, state) :
+        ]
+    indices = torch.cat([codes.indices for codes in chosen])  # index_add_, as bincount waits for the device
     counts = torch.zeros_like(state.log_counts).index_add_(0, indices, finite.long().expand(len(indices)))
     state.log_counts += counts
     state.restart_counts += counts
@@ -1473,7 +1479,7 @@ def generator_step(accelerator, generator, state, perceptual, micro_batches, wei
     state.averages.add({"opt/grad_norm": norm})
     state.averages.add({"opt/skipped": (~finite).float()})
     state.watch.check({"loss of the generator": total, "gradient of the generator": norm})
-    return kept, codes
+    return kept
 
 
 def discriminator_step(accelerator, discriminator, state, kept, args):
@@ -1519,24 +1525,33 @@ def initialise_codebook(accelerator, state, items, args):
     quantizer.embedding.weight.copy_(codes)  # DDP shares the first process's
 
 
-@torch.no_grad()
-def restart_dead_codes(accelerator, state, z):
-    """(all processes) Move codes chosen less than 3 % as often as under uniform use to latents z [tokens, dim].
+def restart_pool(accelerator, state):
+    """Latents that a process keeps for restarts: together one for each code, at most 16 MiB."""
+    codes, dim = state.quantizer.embedding.weight.shape
+    return max(1, min(codes, (16 << 20) // (4 * dim)) // accelerator.num_processes)
 
-    The optimiser's and the EMA's rows move along. Every process draws the same from the gathered latents.
+
+@torch.no_grad()
+def restart_dead_codes(accelerator, state):
+    """(all processes) Move codes chosen less than 3 % as often as under uniform use to latents of the last steps.
+
+    The optimiser's and the EMA's rows move along. Every process draws the same from the gathered latents, each of them for
+    one code at most: of two equal codes one would never be chosen.
     """
     weight = state.quantizer.embedding.weight
     if state.restart_tokens < 8 * len(weight):  # too few to tell a dead code from an unlucky one
         return
     counts = accelerator.reduce(state.restart_counts, "sum")
     dead = (counts < 0.03 * counts.sum() / len(counts)).unsqueeze(1)
-    pool = accelerator.gather(z.detach()[: (1 << 16) // accelerator.num_processes].contiguous())
+    pool = accelerator.gather(state.recent)
     pool = pool[pool.isfinite().all(1)]  # the last update may have been skipped
     if not len(pool):
         return
     pool = F.normalize(pool, dim=1) if state.quantizer.norm == "l2" else pool
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(state.step)).to(pool.device)
-    fresh = pool[order[(dead.squeeze(1).cumsum(0) - 1) % len(pool)]].to(weight.dtype)
+    rank = dead.cumsum(0) - 1  # among the dead ones
+    dead &= rank < len(pool)
+    fresh = pool[order[rank.squeeze(1) % len(pool)]].to(weight.dtype)
     weight.copy_(torch.where(dead, fresh, weight))
     moments = state.optimizers["generator"].optimizer.state
     if any(torch.is_tensor(moment) and moment.dtype == torch.uint8 for moment in moments.get(weight, {}).values()):
@@ -1637,9 +1652,10 @@ def save_checkpoint(accelerator, state, args, trained):
             shutil.rmtree(leftover)
         temporary.mkdir()
 
-    def write_random_state():
+    def write_own():
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, temporary / f"random-{accelerator.process_index}.pt")
+        own = {"cpu": torch.get_rng_state(), "cuda": cuda, "recent": state.recent}
+        torch.save(own, temporary / f"process-{accelerator.process_index}.pt")
 
     def write_state():
         save_weights(state.generator, temporary / "generator.safetensors")
@@ -1681,7 +1697,7 @@ def save_checkpoint(accelerator, state, args, trained):
                 shutil.rmtree(leftover)
 
     main = accelerator.is_main_process
-    parts = [[prepare] * main, [write_random_state, *[write_state] * main], [finish, prune] * main]
+    parts = [[prepare] * main, [write_own, *[write_state] * main], [finish, prune] * main]
     for part in parts:
         error = None
         try:
@@ -1753,12 +1769,11 @@ def load_checkpoint(accelerator, state, checkpoint, args, trained):
     state.log_counts.copy_(moving["log_counts"] * share)
     state.restart_counts.copy_(moving["restart_counts"] * share)
     if progress["processes"] == accelerator.num_processes:
-        states = torch.load(
-            checkpoint / f"random-{accelerator.process_index}.pt", map_location="cpu", weights_only=True
-        )
-        torch.set_rng_state(states["cpu"])
-        if states["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"])
+        own = torch.load(checkpoint / f"process-{accelerator.process_index}.pt", map_location="cpu", weights_only=True)
+        state.recent = own["recent"].to(accelerator.device)
+        torch.set_rng_state(own["cpu"])
+        if own["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda"])
     else:
         was, now = progress["processes"], accelerator.num_processes
         logger.info(
@@ -2463,7 +2478,7 @@ def train_steps(accelerator, generator, discriminator, state, perceptual, items,
             state.optimizers["discriminator"], args.discr_learning_rate * discr_schedule(max(0, state.step - start))
         )
         weight = adversarial_weight(state.step, args)
-        kept, codes = generator_step(accelerator, generator, state, perceptual, micro_batches, weight, args)
+        kept = generator_step(accelerator, generator, state, perceptual, micro_batches, weight, args)
         if weight > 0:
             discriminator_step(accelerator, discriminator, state, kept, args)
         state.step += 1
@@ -2476,7 +2491,7 @@ def train_steps(accelerator, generator, discriminator, state, perceptual, items,
         if last or accelerator.num_processes == 1 and state.watch.signal:  # nobody to agree with
             state.stopped = state.watch.read(accelerator, args)
         if due(state.step, args.codebook_restart_steps) and state.step <= 0.9 * total:  # the last codes need to settle
-            restart_dead_codes(accelerator, state, codes.z)
+            restart_dead_codes(accelerator, state)
         if due(state.step, args.log_steps) or last:
             report(accelerator, state, clock, bar, args)
         with clock.timing("paused"):

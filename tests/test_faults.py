@@ -237,7 +237,7 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
-FILES = ["generator.safetensors", "discriminator.safetensors", "ema.safetensors", "training.pt", "random-0.pt"]
+FILES = ["generator.safetensors", "discriminator.safetensors", "ema.safetensors", "training.pt", "process-0.pt"]
 
 
 @pytest.mark.parametrize("harm", [truncate, flip_a_bit, os.remove])

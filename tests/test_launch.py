@@ -38,6 +38,12 @@ def spy_use(counts):
     record.setdefault("tokens", []).append(counts.sum().item())
     return use(counts)
 train_vqgan.kmeans, train_vqgan.codebook_use = spy_kmeans, spy_use
+adaptive = train_vqgan.adaptively_weighted
+def spy_adaptive(*arguments):
+    objective, weight = adaptive(*arguments)
+    record.setdefault("ratios", []).append(weight.item())
+    return objective, weight
+train_vqgan.adaptively_weighted = spy_adaptive
 step = train_vqgan.clip_and_step
 def spy_step(accelerator, network, optimizer, loss, max_norm):
     name = "generator" if hasattr(accelerator.unwrap_model(network), "quantize") else "discriminator"
@@ -51,6 +57,7 @@ def spy_train(accelerator, generator, discriminator, state, *rest):
     record["samples"].clear()
     result = train_steps(accelerator, generator, discriminator, state, *rest)
     record["drawn"] = list(record["samples"])
+    record["lecam"] = state.lecam_anchors.tolist()
     networks = [*state.generator.parameters(), *state.discriminator.parameters()]
     networks += state.ema.shadow_params if state.ema else []
     record["weights"] = torch.cat([p.detach().flatten() for p in networks]).tolist()
@@ -235,12 +242,16 @@ def test_nodes_that_do_not_share_the_output_directory(flags, tmp_path):
 
 @pytest.mark.parametrize("init", ["kmeans", "uniform"])
 def test_two_processes_agree_on_codebook_and_metrics(spied, tmp_path, init):
-    """k-means and restarts on two processes: identical weights, statistics of both.
+    """k-means, restarts, the adaptive weight and LeCAM on two processes: identical weights, statistics of both.
 
-    Red when a process restarts from its own latents (uniform), or the codes found by k-means are not shared (kmeans).
+    Red when a process restarts from its own latents (uniform), finds k-means in them (kmeans), or keeps its own ratio of
+    gradients or moving average of logits (two reduces).
     """
     more = ["--codebook_init", init, "--codebook_norm", "none", "--codebook_restart_steps", "2", "--use_ema"]
+    more += ["--adaptive_weight", "--lecam_weight", "1", "--discriminator_start", "0", "--discriminator_warmup", "0"]
     records = spied(2, *more, "--max_train_steps", "6", "--log_steps", "3")
+    assert records[0]["lecam"] == records[1]["lecam"] and all(records[0]["lecam"]), "moved, and alike"
+    assert len(records[0]["ratios"]) == 6 and records[0]["ratios"] == records[1]["ratios"]
     assert records[0]["weights"] == records[1]["weights"]
     assert records[0].get("kmeans") == records[1].get("kmeans")
     assert init != "kmeans" or records[0]["kmeans"][0] == 2 * 2 * 64
@@ -250,7 +261,7 @@ def test_two_processes_agree_on_codebook_and_metrics(spied, tmp_path, init):
     assert init == "kmeans" or any(line.get("codebook/restarted", 0) > 0 for line in lines)
     progress = json.loads((tmp_path / "run-2" / "checkpoint-6" / "progress.json").read_text())
     assert progress["processes"] == 2 and progress["samples_seen"] == 24
-    assert (tmp_path / "run-2" / "checkpoint-6" / "random-1.pt").exists()
+    assert (tmp_path / "run-2" / "checkpoint-6" / "process-1.pt").exists()
 
 
 def test_one_error_line_from_two_processes(flags):

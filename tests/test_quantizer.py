@@ -522,13 +522,18 @@ def trained(flags):
     return build
 
 
+def restart(accelerator, state, z):
+    state.recent = z
+    tv.restart_dead_codes(accelerator, state)
+
+
 @pytest.mark.parametrize("norm", ["none", "l2"])
 def test_dead_codes_move_onto_latents_and_live_ones_stay(trained, norm):
     """Red when a moment or the EMA row stays, a live row moves, or (l2) latents are not scaled to unit length."""
     accelerator, state = trained(norm)
     z = random(500, DIM, seed=4) * 3
     before = moving_parts(state)
-    tv.restart_dead_codes(accelerator, state, z)
+    restart(accelerator, state, z)
     after = moving_parts(state)
     live = [i for i in range(CODES) if i not in DEAD]
     pool = F.normalize(z, dim=1) if norm == "l2" else z
@@ -546,7 +551,7 @@ def test_dead_codes_move_onto_latents_and_live_ones_stay(trained, norm):
 def test_restart_empties_its_counters(trained):
     """Red when one of them is not reset."""
     accelerator, state = trained()
-    tv.restart_dead_codes(accelerator, state, random(500, DIM))
+    restart(accelerator, state, random(500, DIM))
     assert state.restart_tokens == 0 and not state.restart_counts.any()
     moved = state.averages.read(accelerator)
     assert moved["codebook/restarted"] == len(DEAD)
@@ -557,7 +562,7 @@ def test_no_restart_before_enough_tokens_were_counted(trained, tokens, acts):
     """8 x codes. Red when the check, or its 8, is left out."""
     accelerator, state = trained(tokens=tokens)
     before, counts = moving_parts(state), state.restart_counts.clone()
-    tv.restart_dead_codes(accelerator, state, random(500, DIM))
+    restart(accelerator, state, random(500, DIM))
     after = moving_parts(state)
     for part in ("weight", "ema", "mean", "square"):
         assert torch.equal(getattr(after, part), getattr(before, part)) != acts, part
@@ -568,24 +573,41 @@ def test_no_dead_codes_no_change(trained):
     accelerator, state = trained()
     state.restart_counts.fill_(1000)
     before = moving_parts(state)
-    tv.restart_dead_codes(accelerator, state, random(500, DIM))
+    restart(accelerator, state, random(500, DIM))
     after = moving_parts(state)
     for part in ("weight", "ema", "mean", "square"):
         assert torch.equal(getattr(after, part), getattr(before, part))
 
 
 def test_more_dead_codes_than_latents(trained):
-    """Latents are taken in turn. Red when the `%` is left out."""
+    """Each latent for one code, the other codes wait. Red when latents are taken in turn: equal codes are never chosen."""
     accelerator, state = trained("none")
     state.restart_counts.zero_()
     state.restart_counts[3] = 32000
     z = random(5, DIM, seed=4)
-    tv.restart_dead_codes(accelerator, state, z)
+    before = state.quantizer.embedding.weight.detach().clone()
+    restart(accelerator, state, z)
     weight = state.quantizer.embedding.weight.detach()
-    dead = [i for i in range(CODES) if i != 3]
-    distances = torch.cdist(weight[dead].double(), z.double())
-    assert distances.amin(1).max() < 1e-6
-    assert sorted(distances.argmin(1).bincount(minlength=5).tolist()) == [6, 6, 6, 6, 7]
+    moved = (weight != before).any(1)
+    assert moved.sum() == 5 and not moved[3]
+    distances = torch.cdist(weight[moved].double(), z.double())
+    assert distances.amin(1).max() < 1e-6 and len(set(distances.argmin(1).tolist())) == 5
+    assert state.averages.read(accelerator)["codebook/restarted"] == 5
+
+
+def test_latents_of_the_last_steps_are_kept(train, monkeypatch):
+    """One for each of 32 codes though a micro-batch has 128, the latest ones. Red when the first ones, or all, are kept."""
+    seen = []
+    step = tv.generator_step
+
+    def spy(accelerator, generator, state, *rest):
+        kept = step(accelerator, generator, state, *rest)
+        seen.append(state.recent.clone())
+        return kept
+
+    monkeypatch.setattr(tv, "generator_step", spy)
+    train("--codebook_restart_steps", "1000", "--max_train_steps", "3")
+    assert [len(z) for z in seen] == [32] * 3 and not torch.equal(seen[0], seen[1])
 
 
 def test_restart_is_the_same_on_every_process_and_another_at_every_step(trained):
@@ -595,7 +617,7 @@ def test_restart_is_the_same_on_every_process_and_another_at_every_step(trained)
         accelerator, state = trained()
         state.step = step
         torch.manual_seed(seed)
-        tv.restart_dead_codes(accelerator, state, random(500, DIM))
+        restart(accelerator, state, random(500, DIM))
         drawn.append(state.quantizer.embedding.weight.detach().clone())
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
 
@@ -604,7 +626,7 @@ def test_restarted_codes_train_on(trained):
     """The search can choose every moved code, and the optimiser steps on from zero. Red when moments stay."""
     accelerator, state = trained("l2")
     z = random(500, DIM, seed=4)
-    tv.restart_dead_codes(accelerator, state, z)
+    restart(accelerator, state, z)
     with torch.no_grad():
         chosen = state.quantizer(grid(z, 1, 20, 25))[1].indices
     assert set(DEAD) <= set(chosen.tolist())
@@ -624,7 +646,7 @@ def test_restart_does_not_take_latents_that_are_not_finite(trained, bad):
     z[1::2] = bad
     state.restart_counts.zero_()
     state.restart_counts[3] = 32000
-    tv.restart_dead_codes(accelerator, state, z)
+    restart(accelerator, state, z)
     assert state.quantizer.embedding.weight.isfinite().all()
 
 

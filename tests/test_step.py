@@ -53,7 +53,7 @@ def test_generator_step_moves_only_the_generator(game):
 def test_discriminator_step_moves_only_the_discriminator(game):
     """Red when x_hat is kept without detach()."""
     accelerator, generator, discriminator, state, perceptual, args, images = game
-    kept, _ = generator_step(accelerator, generator, state, perceptual, [images], 0.1, args)
+    kept = generator_step(accelerator, generator, state, perceptual, [images], 0.1, args)
     assert not kept[0][1].requires_grad
     g, d = weights(generator), weights(discriminator)
     discriminator_step(accelerator, discriminator, state, kept, args)
@@ -65,7 +65,7 @@ def test_discriminator_step_moves_only_the_discriminator(game):
 
 def test_both_players_see_the_same_images(game):
     accelerator, generator, _, state, perceptual, args, images = game
-    kept, _ = generator_step(accelerator, generator, state, perceptual, list(images.split(2)), 0.1, args)
+    kept = generator_step(accelerator, generator, state, perceptual, list(images.split(2)), 0.1, args)
     assert torch.equal(torch.cat([x for x, _ in kept]), images)
     assert [x_hat.shape for _, x_hat in kept] == [(2, 3, 16, 16)] * 2
 
@@ -79,7 +79,7 @@ def test_accumulation_equals_one_large_batch(game):
         generator.load_state_dict(start[0]), discriminator.load_state_dict(start[1])
         for name, optimizer in state.optimizers.items():
             optimizer.load_state_dict(copy.deepcopy(optimizers[name]))
-        kept, _ = generator_step(accelerator, generator, state, perceptual, list(images.split(split)), 0.1, args)
+        kept = generator_step(accelerator, generator, state, perceptual, list(images.split(split)), 0.1, args)
         discriminator_step(accelerator, discriminator, state, kept, args)
         results.append([p.clone() for p in [*generator.parameters(), *discriminator.parameters()]])
         assert len(kept) == 4 // split
@@ -93,7 +93,7 @@ def test_ema_follows_generator_steps_only(game):
     accelerator, generator, discriminator, state, perceptual, args, images = game
     expected = [p.detach().clone() for p in generator.parameters()]
     for taken in range(3):
-        kept, _ = generator_step(accelerator, generator, state, perceptual, [images], 0.1, args)
+        kept = generator_step(accelerator, generator, state, perceptual, [images], 0.1, args)
         discriminator_step(accelerator, discriminator, state, kept, args)
         decay = 0.0 if taken == 0 else min(args.ema_decay, (1 + taken) / (10 + taken))
         expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, generator.parameters())]
@@ -228,7 +228,7 @@ def test_lecam_anchors_follow_the_logits(game):
     """After one step a thousandth of the way from 0 to the mean logits. Red when they stay, or real and fake swap."""
     accelerator, generator, discriminator, state, perceptual, args, images = game
     args.lecam_weight = 1.0
-    kept, _ = generator_step(accelerator, generator, state, perceptual, list(images.split(2)), 0.1, args)
+    kept = generator_step(accelerator, generator, state, perceptual, list(images.split(2)), 0.1, args)
     with torch.no_grad():
         real, fake = (discriminator(torch.cat(part)).mean().item() for part in zip(*kept))
     assert abs(real - fake) > 1e-3
