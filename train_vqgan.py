@@ -1847,6 +1847,7 @@ def model_card(state, model, args):
     """README.md for the Hub: what the model is, how to load it, how it was trained."""
     side = 2 ** (len(model.config.block_out_channels) - 1)
     last = [line for line in read_metrics(args) if "val/" in str(line)][-1:]
+    clip = ".clamp(0, 1)" if args.pixel_range == "unit" else ""  # which diffusers leaves out then
     flags = "\n".join(f"{name}: {value}" for name, value in public_config(args).items() if value != "")
     return f"""---
 library_name: diffusers
@@ -1870,7 +1871,7 @@ from diffusers.image_processor import VaeImageProcessor
 model = VQModel.from_pretrained(repository, subfolder="vqmodel")
 processor = VaeImageProcessor.from_config(VaeImageProcessor.load_config(repository, subfolder="image_processor"))
 with torch.no_grad():
-    reconstruction = processor.postprocess(model(processor.preprocess(image)).sample)[0]
+    reconstruction = processor.postprocess(model(processor.preprocess(image)).sample{clip})[0]
 ```
 
 ```
@@ -2532,10 +2533,8 @@ def main(argv=None):
         return evaluate_only(args) if args.eval_only else train(args)
     except UserError as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, LocalError):
-            print(
-                f"train_vqgan.py: error: {re.split('(?:User|Local)Error: ', str(error).splitlines()[-1])[-1]}",
-                file=sys.stderr,
-            )
+            line = re.split("(?:User|Local)Error: ", str(error).splitlines()[-1])[-1]
+            tqdm.write(f"train_vqgan.py: error: {line}", file=sys.stderr)  # on a line of its own, bar or not
         return 2
     except torch.OutOfMemoryError:
         advice = "lower --train_batch_size and raise --gradient_accumulation_steps, or add --gradient_checkpointing"

@@ -271,7 +271,10 @@ def tables(options):
     runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     text = (HERE / "README.md").read_text()
     for name in {run["suite"] for run in runs}:
-        made = table(sorted((run for run in runs if run["suite"] == name), key=lambda run: run["codes"]))
+        order = list(CODEBOOK | LARGE | ADVERSARIAL)
+        chosen = [run for run in runs if run["suite"] == name]
+        place = {variant: order.index(variant) if variant in order else 0 for variant in {r["variant"] for r in chosen}}
+        made = table(sorted(chosen, key=lambda run, place=place: (run["codes"], place[run["variant"]])))
         marks = f"(<!-- {name} -->\n).*?(\n<!-- end -->)"
         assert re.search(marks, text, re.S), f"no place for the table of {name}"
         text = re.sub(marks, lambda found, made=made: found[1] + made + found[2], text, flags=re.S)
