@@ -2411,6 +2411,8 @@ def train(args):
     with accelerator.local_main_process_first():
         items, held_out = load_data(args)
         perceptual = build_perceptual(args)
+    if accelerator.is_main_process and not args.streaming:
+        SampleStream(items, args)[0]  # data that cannot be read shows before anything is written
     evaluation = Evaluation(accelerator, held_out, perceptual, args) if held_out is not None else None
     settle_flags(accelerator, items, args, checkpoint)
     trained = what_is_trained(args, generator, discriminator, items)
