@@ -706,8 +706,8 @@ def training_batches(items, args, start, accelerator):
             for batch in batches:
                 start += size * world
                 yield batch
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):  # what a worker raised comes with its own message
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it hands a batch over
+            if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):  # raised by a worker
                 raise
             deaths = deaths + 1 if start - died_at < 100 * size * world else 1
             died_at, why = start, first_line(error)
