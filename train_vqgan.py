@@ -271,7 +271,8 @@ def parse_args(argv=None):
     add("--max_grad_norm", type=weight, default=1.0, help="clip each network's gradient to this norm; 0: never")
     add("--max_bad_steps", type=positive, default=50, help="stop after this many steps in a row whose loss or gradient is not finite; fp16 takes some to find its scale")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast of the networks; losses and quantiser stay fp32 (default: as in accelerate config)")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on NVIDIA GPUs")
+    add("--allow_tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 products on NVIDIA GPUs, outside quantiser and validation")
+    add("--torch_compile", action="store_true", help="compile the networks for training: a minute or more at the start, faster steps after it")
     add("--seed", type=number(int, 0, 2**32 - 1), help="seed of everything (default: drawn and recorded)")
 
     add = parser.add_argument_group("ema").add_argument
@@ -757,12 +758,13 @@ class Codes(NamedTuple):
 
 @contextmanager
 def exact_fp32():
-    """Inside, no TF32: codes are searched, validated and exported as any other program will."""
+    """Inside, no TF32 and nothing compiled: codes are searched, validated and exported as any other program will."""
     matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = cudnn
@@ -1248,6 +1250,15 @@ def build_schedule(name, warmup_steps, total_steps):
     return schedule.lr_lambdas[0]
 
 
+def compile_networks(generator, discriminator, perceptual, args):
+    """--torch_compile, in place: names in checkpoints and exports stay as they are."""
+    decoder = generator.decoder
+    # the adaptive weight goes back through conv_out three times, which a compiled graph does not allow
+    parts = [decoder.mid_block, *decoder.up_blocks] if args.adaptive_weight else [decoder]
+    for part in [generator.encoder, *parts, discriminator.layers, *([perceptual] if perceptual else [])]:
+        part.compile(dynamic=False)
+
+
 class TrainingState:
     """The two players and everything else that moves during training: what a checkpoint holds."""
 
@@ -1448,9 +1459,10 @@ def generator_step(accelerator, generator, state, perceptual, micro_batches, wei
         with synced(accelerator, generator, last=i == len(micro_batches) - 1):
             x_hat, codes = generator(to_model(x, args), return_dict=False)  # the only call of the generator
             x_hat = from_model(x_hat, args)
-            with frozen(state.discriminator):
+            first = state.step == 0 and i == 0
+            with frozen(state.discriminator), torch.compiler.set_stance("force_eager" if first else "default"):
                 loss, terms = generator_loss(x, x_hat, codes, perceptual, state.discriminator, args, weight)
-            if state.step == 0 and i == 0:
+            if first:
                 report_gradient_shares(gradient_shares(terms, x_hat))
             objective = loss
             if args.adaptive_weight and weight > 0:
@@ -2330,9 +2342,8 @@ def start_accelerator(args):
         use_cpu_well()
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    if args.allow_tf32:
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
 
 
@@ -2426,6 +2437,8 @@ def train(args):
             initialise_codebook(accelerator, state, items, args)
         if args.use_ema:
             state.start_ema(args.ema_decay)
+    if args.torch_compile:
+        compile_networks(generator, discriminator, perceptual, args)
     generator, discriminator = accelerator.prepare(generator, discriminator)
     for name, optimizer in state.optimizers.items():
         state.optimizers[name] = accelerator.prepare_optimizer(optimizer)

@@ -84,8 +84,13 @@ ADVERSARIAL = {
 
 def cut(options):
     """Squares of 64 px, a random part of the photographs in turn, into --out."""
-    photos = sorted(path for path in Path(options.photos).iterdir() if path.suffix.lower() in (".jpg", ".png"))
-    images = [PIL.Image.open(path).convert("RGB") for path in photos]
+    photos = {}  # the crops in images/train are named after the photograph they come from, and numbered
+    for path in sorted(Path(options.photos).iterdir()):
+        if path.suffix.lower() in (".jpg", ".png"):
+            photos.setdefault(re.sub(r"_\d+$", "", path.stem), []).append(path)
+    wanted = {None: (0, 1, 2, 3, 4), "without": (0, 1, 2, 3), "only": (4,)}[options.fifth]
+    paths = [path for i, group in enumerate(photos.values()) if i % 5 in wanted for path in group]
+    images = [PIL.Image.open(path).convert("RGB") for path in paths]
     out, rng = Path(options.out), random.Random(0)
     out.mkdir(parents=True)
     for i in range(options.number):
@@ -94,7 +99,7 @@ def cut(options):
         left, top = (rng.randint(0, length - side) for length in image.size)
         box = (left, top, left + side, top + side)
         image.resize((64, 64), PIL.Image.Resampling.BICUBIC, box=box, reducing_gap=3).save(out / f"{i:05d}.png")
-    print(f"{options.number} squares of {len(images)} photographs")
+    print(f"{options.number} squares of {len(images)} files")
 
 
 def environment(threads):
@@ -141,8 +146,8 @@ def train_and_evaluate(run, options):
         if run["variant"].startswith("upstream"):
             (Path(folder) / "discriminator.json").write_text(json.dumps({"hidden_channels": 128, "depth": 4}))
             more = UPSTREAM.format(config=config, folder=folder, train=options.train, seed=run["seed"]) + run["flags"]
-            command = [sys.executable, "benchmarks/upstream.py", str(run["seconds"]), f"{folder}/run"]
-            said = execute([*command, options.upstream, *more.split()], threads).splitlines()[-1]
+            command = [sys.executable, "benchmarks/watched.py", "seconds", str(run["seconds"]), f"{folder}/run"]
+            said = execute([*command, f"{options.upstream}/train_vqgan.py", *more.split()], threads).splitlines()[-1]
             kept, validated, pixel_range = json.loads(said), [], "unit"
         else:
             script(
@@ -292,6 +297,9 @@ def main():
     parser.add_argument("--out", help="cut: folder to make")
     parser.add_argument("--smallest", type=float, default=0.15, help="cut: least side, as a share of the photograph's")
     parser.add_argument("--number", type=int, default=5120, help="cut: squares to make")
+    parser.add_argument(
+        "--fifth", choices=["without", "only"], help="cut: leave every fifth photograph out, or take only those"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, help="length of each run")
     parser.add_argument("--upstream", help="upstream: folder of diffusers' examples/vqgan")

