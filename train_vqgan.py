@@ -1322,20 +1322,21 @@ class Watch:
     """
 
     def __init__(self):
-        self.counts = {}  # this step: name -> values that were not finite, on the device
+        self.counts = {}  # this step: tuple of names -> how often each was not finite, on the device
         self.sent = None  # the last step, on its way to the host
         self.bad_steps = 0  # in a row
         self.signal = None  # the signal this process got
 
     def check(self, named):
-        for name, value in named.items():
-            self.counts[name] = self.counts.get(name, 0) + (~value.detach().isfinite()).float()
+        names = tuple(named)
+        bad = (~torch.stack([value.detach() for value in named.values()]).isfinite()).float()
+        self.counts[names] = self.counts.get(names, 0) + bad
 
     def send(self, accelerator, step, micro_batches):
         """(all processes) The step is over: sum its counts over processes and start them for the host."""
-        names, device = list(self.counts), accelerator.device
-        signalled = torch.full((), float(self.signal is not None), device=device)
-        total = accelerator.reduce(torch.stack([*self.counts.values(), signalled]), "sum")
+        names, device = [name for names in self.counts for name in names], accelerator.device
+        signalled = torch.full((1,), float(self.signal is not None), device=device)
+        total = accelerator.reduce(torch.cat([*self.counts.values(), signalled]), "sum")
         total = total.to("cpu", non_blocking=device.type == "cuda")
         arrived = torch.cuda.Event() if device.type == "cuda" else None
         if arrived:

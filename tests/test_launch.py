@@ -61,6 +61,7 @@ def spy_train(accelerator, generator, discriminator, state, *rest):
     networks = [*state.generator.parameters(), *state.discriminator.parameters()]
     networks += state.ema.shadow_params if state.ema else []
     record["weights"] = torch.cat([p.detach().flatten() for p in networks]).tolist()
+    record["compiled"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return result
 train_vqgan.train_steps = spy_train
 if os.environ.get("PLANT") and os.environ.get("RANK", "0") == os.environ["PLANT_RANK"]:
@@ -176,6 +177,16 @@ def test_processes_are_one_with_the_same_global_batch(spied, processes, nodes):
         a, b = torch.tensor(alone[name]).double(), torch.tensor(group[0][name]).double()
         assert a.norm() > 0 and (a - b).norm() / a.norm() < 1e-9, name
     a, b = torch.tensor(alone["weights"]).double(), torch.tensor(group[0]["weights"]).double()
+    assert (a - b).norm() / a.norm() < 1e-9
+
+
+def test_compiled_processes_are_one_eager_one(spied):
+    """--torch_compile under DDP, with an EMA; red when DDP's gradients are not averaged."""
+    more = ["--discriminator_start", "0", "--discriminator_warmup", "0", "--max_train_steps", "3", "--use_ema"]
+    (alone,) = spied(1, *more, "--train_batch_size", "4")
+    pair = spied(2, *more, "--train_batch_size", "2", "--torch_compile")
+    assert alone["compiled"] == 0 and pair[0]["compiled"] >= 4
+    a, b = torch.tensor(alone["weights"]).double(), torch.tensor(pair[0]["weights"]).double()
     assert (a - b).norm() / a.norm() < 1e-9
 
 
