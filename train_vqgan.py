@@ -424,7 +424,7 @@ def permute(i, n, seed):
 def to_rgb(image):
     """Any PIL image to RGB: EXIF orientation applied, 16-bit and float scaled to 8, transparency on white."""
     try:
-        image = PIL.ImageOps.exif_transpose(image)
+        PIL.ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # broken EXIF, of several kinds, in a good image
         logger.debug("ignored unreadable EXIF")
     if image.mode == "F" or image.mode.startswith("I"):
@@ -438,24 +438,24 @@ def to_rgb(image):
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_square(image, resolution, rng=None, flip=False):
-    """PIL image to uint8 [3, resolution, resolution]: short side resized (antialiased bicubic), then cropped.
+    """PIL image to uint8 [3, resolution, resolution]: short side resized (antialiased bicubic) and cropped.
 
-    The crop is the centre without `rng`, else drawn from it; resize and crop are one resampling pass.
+    The crop is the centre without `rng`, else drawn from it. Only the crop is resized, by torch: as Pillow to one level of
+    256, several times faster.
     """
     image = to_rgb(image)
-    scale = resolution / min(image.size)
-    room = [max(0, round(side * scale) - resolution) for side in image.size]
-    left, top = [rng.randint(0, r) if rng else r / 2 for r in room]
-    box = [left / scale, top / scale, (left + resolution) / scale, (top + resolution) / scale]
-    box = [min(max(0, b), side) for b, side in zip(box, image.size * 2)]
-    image = image.resize((resolution, resolution), PIL.Image.Resampling.BICUBIC, box=box)
-    if flip:
-        image = PIL.ImageOps.mirror(image)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    side = min(image.size)
+    room = [max(0, round(length * resolution / side) - resolution) for length in image.size]
+    left, top = [round((rng.randint(0, r) if rng else r / 2) * side / resolution) for r in room]
+    left, top = min(left, image.width - side), min(top, image.height - side)
+    pixels = np.array(image.crop((left, top, left + side, top + side)))
+    x = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    x = F.interpolate(x, (resolution, resolution), mode="bicubic", antialias=True)[0]
+    return x.flip(2) if flip else x
 
 
 def open_image(item):
@@ -494,10 +494,14 @@ def name_of(items, index):
 
 
 def augment(item, g, args):
-    """Global sample `g` of the stream, uint8 [3, resolution, resolution], the same whichever process loads it."""
+    """Global sample `g` of the stream, uint8 [3, resolution, resolution], the same whichever process loads it.
+
+    JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves twice the resolution.
+    """
     rng = random.Random((args.seed << 64) + g)
     crop = None if args.center_crop else rng
     with open_image(item) as image:
+        image.draft(None, (2 * args.resolution, 2 * args.resolution))
         return to_square(image, args.resolution, crop, args.random_flip and rng.random() < 0.5)
 
 

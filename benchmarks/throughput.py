@@ -2,7 +2,6 @@
 """Time training steps: beside diffusers' example, part by part, and as sizes grow. Writes the tables of README.md here.
 
     python benchmarks/throughput.py beside --upstream path/to/examples/vqgan
-    python benchmarks/throughput.py memory --upstream path/to/examples/vqgan
     python benchmarks/throughput.py parts profile growth processes data start
     python benchmarks/throughput.py all --upstream path/to/examples/vqgan --mixed_precision bf16
 
@@ -189,47 +188,30 @@ def cpu_name():
 
 
 def beside(options):
-    """This script and diffusers' example in turns."""
-    turns, steps, rows = (9, 20, []) if CUDA else (7, 2, [])
-    scripts = {
-        "ours": (REPOSITORY / "train_vqgan.py", OURS),
-        "upstream": (f"{options.upstream}/train_vqgan.py", THEIRS),
-    }
+    """This script and diffusers' example in turns, with memory."""
+    ours, theirs, rows = REPOSITORY / "train_vqgan.py", f"{options.upstream}/train_vqgan.py", []
     for backbone in LAYERS:
-        with (
-            tempfile.TemporaryDirectory() as one,
-            tempfile.TemporaryDirectory() as two,
-            tempfile.TemporaryDirectory() as three,
-        ):
-            (ours, mine), (upstream, others) = scripts.values()
-            runs = {
-                "train_vqgan.py": (ours, flags(mine, options, one, backbone=backbone)),
-                "train_vqgan.py --torch_compile": (
-                    ours,
-                    flags(mine, options, two, backbone=backbone, flags="--torch_compile"),
-                ),
-                "diffusers": (upstream, flags(others, options, three, backbone=backbone)),
-            }
-            seconds, memory = take_turns(runs, turns, steps)
+        kinds = {"train_vqgan.py": (ours, OURS, ""), "train_vqgan.py --torch_compile": (ours, OURS, "--torch_compile")}
+        kinds["diffusers"] = (theirs, THEIRS, "")
+        with tempfile.TemporaryDirectory() as folder:
+            runs = {}
+            for name, (script, template, more) in kinds.items():
+                (Path(folder) / name).mkdir()
+                words = flags(template, options, Path(folder) / name, backbone=backbone, flags=more)
+                runs[name] = script, words
+            seconds, memory = take_turns(runs, options.turns, options.steps)
         for name, taken in seconds.items():
             ratio = statistics.median(b / a for a, b in zip(taken, seconds["diffusers"]))
             speed = options.train_batch_size / statistics.median(taken)
             rows.append([f"`{name}`", backbone, f"{speed:.2f}", f"{ratio:.2f}", f"{memory[name] / 2**30:.2f}"])
-    note = f"{options.resolution} px, batch {options.train_batch_size}, precision {options.mixed_precision}, {turns} turns of {steps} steps."
+    note = f"{sizes(options)}, {options.turns} turns of {options.steps} steps."
     put("beside", ["script", "backbone", "images/s", "times diffusers'", "peak memory, GiB"], rows, note)
 
 
-def memory(options):
-    """Peak memory of a few steps: over the codebook, and of configs/movq_4x.json at 128 px beside diffusers'."""
-    rows, first = [], None
-    for codes in (1024, 4096, 16384, 65536, 262144):
-        found = trained(options, 10, codes=codes, flags="--use_ema", backbone="tf_efficientnet_lite0")["memory"]
-        first = first or found
-        table = codes * SMALL["vq_embed_dim"] * 4
-        rows.append(
-            [f"{codes:,}", f"{found / 2**20:.0f}", f"{(found - first) / 2**20:.0f}", f"{6 * table / 2**20 + 64:.0f}"]
-        )
-    put("memory", ["codes", "peak, MiB", "more than with 1,024", "allowed: 6 tables + 64 MiB"], rows, "With EMA.")
+def sizes(options):
+    model = options.model or "32, 64, 64 channels"
+    precision = {"no": "fp32"}.get(options.mixed_precision, options.mixed_precision)
+    return f"{model}, {options.resolution} px, batch {options.train_batch_size}, {precision}"
 
 
 def parts(options):
@@ -244,8 +226,9 @@ def profile(options):
 
 def inside(options, measure):
     """Call measure(...) of train_vqgan.py's own loop in its place."""
-    import train_vqgan
     import watched
+
+    import train_vqgan
 
     watched.timm.create_model = watched.offline
     with tempfile.TemporaryDirectory() as folder:
@@ -335,8 +318,7 @@ def take_apart(
     a, b = torch.randn(2, side, side, device=accelerator.device, dtype=torch.bfloat16 if bf16 else torch.float32)
     ceiling = 2 * side**3 / median_time(lambda: a @ b, repeats)
     note = (
-        f"{args.resolution} px, batch {args.train_batch_size}, precision {args.mixed_precision}, {options.flags or 'eager'}, "
-        f"{args.timm_model_backend}: {flops / 1e9:.1f} GFLOP a step (convolutions and matrix products), "
+        f"{sizes(options)}, {options.flags or 'eager'}, {args.timm_model_backend}: {flops / 1e9:.1f} GFLOP a step (convolutions and matrix products), "
         f"{flops / whole / 1e12:.3f} TFLOP/s, {flops / whole / ceiling:.0%} of the {ceiling / 1e12:.2f} TFLOP/s of a "
         f"{'bf16' if bf16 else 'fp32'} product of {side} x {side} matrices."
     )
@@ -364,23 +346,30 @@ def largest_costs(
     total = sum(map(cost, events))
     top = sorted(events, key=cost, reverse=True)[:8]
     rows = [[f"`{e.key[:80]}`", f"{cost(e) / 3000:.1f}", f"{cost(e) / total:.0%}", e.count // 3] for e in top]
-    note = f"{args.resolution} px, batch {args.train_batch_size}, {args.timm_model_backend}, {total / 3000:.0f} ms a step, {sum(e.count for e in events) // 3} operations."
+    note = f"{sizes(options)}, {args.timm_model_backend}, {total / 3000:.0f} ms a step, {sum(e.count for e in events) // 3} operations."
     put("profile", ["operation", "ms a step", "share", "calls"], rows, note)
 
 
 def growth(options):
-    """Images per second and memory over one size at a time."""
+    """Images per second and memory over one size at a time, with EMA."""
+    kinds = [
+        ("batch", "train_batch_size", (1, 2, 4, 8, 16, 32)),
+        ("codes", "codes", (1024, 4096, 16384, 65536, 262144)),
+    ]
+    kinds.append(("resolution", "resolution", (128, 256, 512) if CUDA else (32, 64, 128)))
     rows = []
-    sizes = [("batch", "train_batch_size", b) for b in (1, 2, 4, 8, 16, 32)]
-    sizes += [("resolution", "resolution", r) for r in ((128, 256, 512) if CUDA else (32, 64, 128))]
-    sizes += [("codes", "codes", codes) for codes in (1024, 16384, 65536, 262144)]
-    for what, key, size in sizes:
-        changed = argparse.Namespace(**vars(options) | ({key: size} if key != "codes" else {}))
-        more = {"codes": size} if key == "codes" else {}
-        found = trained(changed, 20, backbone="tf_efficientnet_lite0", **more)
-        rows.append([what, f"{size:,}", f"{found['images_per_sec']:.1f}", f"{found['memory'] / 2**30:.2f}"])
-    note = f"From {options.resolution} px, batch {options.train_batch_size}, tf_efficientnet_lite0."
-    put("growth", ["size", "", "images/s", "peak memory, GiB"], rows, note)
+    for kind, key, values in kinds:
+        least = None
+        for value in values:
+            changed = argparse.Namespace(**vars(options) | ({} if key == "codes" else {key: value}))
+            more = {"codes": value} if key == "codes" else {}
+            found = trained(changed, 20, backbone="tf_efficientnet_lite0", flags="--use_ema", **more)
+            least = least or found["memory"]
+            grown = f"{(found['memory'] - least) / 2**20:.0f}"
+            speed, peak = f"{found['images_per_sec']:.1f}", f"{found['memory'] / 2**20:.0f}"
+            rows.append([kind, f"{value:,}", speed, peak, grown])
+    note = f"{sizes(options)} and tf_efficientnet_lite0 but for what a row says."
+    put("growth", ["size", "", "images/s", "peak memory, MiB", "more than the first, MiB"], rows, note)
 
 
 def processes(options):
@@ -401,48 +390,46 @@ def processes(options):
 
 def data(options):
     """Images decoded, resized, cropped and flipped per second on one core."""
-    from types import SimpleNamespace
+    torch.set_num_threads(1)
+    rows = []
+    for side in (256, 512, 1024, 2048):
+        with tempfile.TemporaryDirectory() as folder:
+            for photo in sorted((REPOSITORY / "images" / "train").iterdir())[:16]:
+                with PIL.Image.open(photo) as image:
+                    image.resize((side, side), PIL.Image.Resampling.BICUBIC).save(f"{folder}/{photo.name}", quality=90)
+            speeds = decoding(sorted(Path(folder).iterdir()), 256)
+        for name, found in speeds.items():
+            ratio = statistics.median(ours / other for ours, other in zip(speeds["train_vqgan.py"], found))
+            rows.append([f"{side} to 256", name, f"{statistics.median(found):.0f}", f"{ratio:.2f}"])
+    put("data", ["JPEG, px", "pipeline", "images/s on a core", "train_vqgan.py is faster by"], rows)
 
+
+def decoding(paths, resolution):
+    """name -> images per second of seven passes over `paths`, the pipelines in turns."""
     from torchvision import transforms
     from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms import v2
 
     from train_vqgan import augment
 
-    torch.set_num_threads(1)
-    bilinear = transforms.InterpolationMode.BILINEAR
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for side, resolution in ((256, 256), (1024, 256), (2048, 256)):
-            photos = sorted((REPOSITORY / "images" / "train").iterdir())[:16]
-            for photo in photos:
-                with PIL.Image.open(photo) as image:
-                    image.resize((side, side), PIL.Image.Resampling.BICUBIC).save(f"{folder}/{photo.name}", quality=90)
-            paths = [f"{folder}/{photo.name}" for photo in photos]
-            args = SimpleNamespace(seed=0, resolution=resolution, center_crop=False, random_flip=True)
-            steps = [transforms.Resize(resolution, bilinear), transforms.RandomCrop(resolution)]
-            upstream = transforms.Compose([*steps, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-            steps = [v2.Resize(resolution, antialias=True), v2.RandomCrop(resolution), v2.RandomHorizontalFlip()]
-            vision = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
-            ways = {
-                "train_vqgan.py": lambda path, g: augment(path, g, args),
-                "torchvision v2 on tensors": lambda path, g: vision(decode_image(path, ImageReadMode.RGB)),
-                "diffusers' example (Pillow, torchvision)": lambda path, g: upstream(
-                    PIL.Image.open(path).convert("RGB")
-                ),
-            }
-            times = {name: [] for name in ways}
-            for _ in range(7):
-                for name, way in ways.items():
-                    start = time.perf_counter()
-                    for g, path in enumerate(paths):
-                        way(path, g)
-                    times[name].append(len(paths) / (time.perf_counter() - start))
-            ours = times["train_vqgan.py"]
-            for name, speeds in times.items():
-                ratio = statistics.median(a / b for a, b in zip(ours, speeds))
-                rows.append([f"{side} -> {resolution}", name, f"{statistics.median(speeds):.0f}", f"{ratio:.2f}"])
-    put("data", ["JPEG, px", "pipeline", "images/s on a core", "train_vqgan.py is faster by"], rows)
+    args = argparse.Namespace(seed=0, resolution=resolution, center_crop=False, random_flip=True)
+    theirs = [transforms.Resize(resolution, transforms.InterpolationMode.BILINEAR), transforms.RandomCrop(resolution)]
+    theirs = transforms.Compose([*theirs, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+    vision = [v2.Resize(resolution, antialias=True), v2.RandomCrop(resolution), v2.RandomHorizontalFlip()]
+    vision = v2.Compose([*vision, v2.ToDtype(torch.float32, scale=True)])
+    ways = {
+        "train_vqgan.py": lambda g, path: augment(str(path), g, args),
+        "torchvision v2 on tensors": lambda g, path: vision(decode_image(str(path), ImageReadMode.RGB)),
+        "diffusers' example: torchvision on Pillow": lambda g, path: theirs(PIL.Image.open(path).convert("RGB")),
+    }
+    speeds = {name: [] for name in ways}
+    for _ in range(7):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            for g, path in enumerate(paths):
+                way(g, path)
+            speeds[name].append(len(paths) / (time.perf_counter() - start))
+    return speeds
 
 
 def start(options):
@@ -470,17 +457,19 @@ def start(options):
     put("start", ["", "seconds", "times the imports"], rows)
 
 
-PARTS = {part.__name__: part for part in (beside, memory, parts, profile, growth, processes, data, start)}
+PARTS = {part.__name__: part for part in (beside, parts, profile, growth, processes, data, start)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"])
-    parser.add_argument("--upstream", help="beside, memory: folder of diffusers' examples/vqgan")
+    parser.add_argument("--upstream", help="beside: folder of diffusers' examples/vqgan")
     parser.add_argument("--model", default="configs/taming_16x.json" if CUDA else None, help="VQModel config")
     parser.add_argument("--resolution", type=int, default=256 if CUDA else 64)
     parser.add_argument("--train_batch_size", type=int, default=8)
     parser.add_argument("--mixed_precision", default="bf16" if CUDA else "no")
+    parser.add_argument("--turns", type=int, default=9 if CUDA else 7, help="beside: of each script")
+    parser.add_argument("--steps", type=int, default=20 if CUDA else 2, help="beside: of each turn")
     parser.add_argument("--flags", default="", help="parts, profile: more flags, --torch_compile for one")
     options = parser.parse_args()
     for name in PARTS if "all" in options.parts else options.parts:

@@ -17,7 +17,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import metrics
+from conftest import REPOSITORY, metrics
 from diffusers.image_processor import VaeImageProcessor
 
 import train_vqgan
@@ -343,26 +343,18 @@ def test_exif_orientation(orientation, turned):
 
 
 def difference(got, values, left=None, top=None):
-    """|got - expected|, [3, resolution, resolution], for an image [height, width, 3]: short side resized, then cropped.
+    """|got - expected|, [3, resolution, resolution], for an image [height, width, 3]: cropped and resized by Pillow.
 
-    Computed by torch in float64, rounded to 8 bits after each direction as in Pillow, which takes first whichever is
-    cheaper: the nearer of the two orders. The sides must scale to whole numbers.
+    left, top: of the crop, in pixels of the result; the centre without them.
     """
     height, width, _ = values.shape
-    resolution = got.shape[-1]
-    size = [side * resolution / min(height, width) for side in (height, width)]
-    assert size == [int(side) for side in size], "no whole number of pixels"
-    size = (int(size[0]), int(size[1]))
-    top = (size[0] - resolution) // 2 if top is None else top
-    left = (size[1] - resolution) // 2 if left is None else left
-    found = []
-    for between in ((height, size[1]), (size[0], width)):
-        x = torch.tensor(values, dtype=torch.float64).permute(2, 0, 1)[None]
-        for shape in (between, size):
-            x = F.interpolate(x, shape, mode="bicubic", antialias=True).clamp(0, 255).round()
-        assert x.std() > 10, "something is left to compare"
-        found.append((x[0, :, top : top + resolution, left : left + resolution] - got).abs())
-    return min(found, key=torch.mean)
+    resolution, side = got.shape[-1], min(height, width)
+    left = (width - side) // 2 if left is None else left * side // resolution
+    top = (height - side) // 2 if top is None else top * side // resolution
+    crop = PIL.Image.fromarray(values[top : top + side, left : left + side])
+    expected = np.asarray(crop.resize((resolution, resolution), PIL.Image.Resampling.BICUBIC), dtype=float)
+    assert expected.std() > 10, "something is left to compare"
+    return (torch.tensor(expected).permute(2, 0, 1) - got).abs()
 
 
 def noise(height, width, channels=3):
@@ -370,8 +362,8 @@ def noise(height, width, channels=3):
 
 
 @pytest.mark.parametrize("height, width", [(64, 96), (96, 64), (64, 64), (192, 96), (16, 24), (32, 32), (128, 640)])
-def test_resize_then_crop(height, width):
-    """Noise shows every slip: within one grey level of an antialiased bicubic resize. Red with BILINEAR or NEAREST."""
+def test_crop_and_resize(height, width):
+    """Noise shows every slip: within one grey level of Pillow's antialiased bicubic resize. Red with bilinear."""
     values = noise(height, width)
     got = to_square(PIL.Image.fromarray(values), 32)
     assert difference(got, values).max() <= 1 and difference(got, values).mean() < 0.01
@@ -380,7 +372,7 @@ def test_resize_then_crop(height, width):
 
 
 @pytest.mark.parametrize("height, width", [(67, 100), (101, 67), (333, 250), (47, 53)])
-def test_resize_then_crop_by_uneven_scales(height, width):
+def test_crop_and_resize_by_uneven_scales(height, width):
     """On a ramp a pixel tells where it is from. Red when the crop is not the centre, or the scale is not even.
 
     The room beside the crop is a whole number of pixels, so the centre may be a quarter of one off.
@@ -395,14 +387,30 @@ def test_resize_then_crop_by_uneven_scales(height, width):
         assert abs(slope - 1) < 0.005 and abs(offset) < 0.25 * scale * 255 / side + 0.6, (slope, offset)
 
 
-def test_drawn_crop_is_a_crop_of_the_resized_image():
-    """Red when the crop is cut before resizing at the wrong scale, or left and top are exchanged."""
+def test_drawn_crop_is_where_it_was_drawn():
+    """Red when the crop is cut at the wrong scale, or left and top are exchanged."""
     wide = noise(64, 96)
     tall = wide.transpose(1, 0, 2).copy()
     for at in (0, 3, 16):
         drawn = SimpleNamespace(randint=lambda low, high, at=at: min(at, high))
         assert difference(to_square(PIL.Image.fromarray(wide), 32, drawn), wide, left=at).mean() < 0.01
         assert difference(to_square(PIL.Image.fromarray(tall), 32, drawn), tall, top=at).mean() < 0.01
+
+
+@pytest.mark.parametrize("name", ["bird", "car", "dog", "frog"])
+def test_large_jpegs_are_decoded_small(monkeypatch, name):
+    """Photographs five times the size: a fourth of the pixels are decoded, and the image stays the same to 45 dB.
+
+    Red without draft, and with a draft of the resolution itself instead of twice that.
+    """
+    photo, seen, to_rgb = REPOSITORY / "images" / f"{name}.jpg", [], train_vqgan.to_rgb
+    args = SimpleNamespace(seed=0, resolution=64, center_crop=True, random_flip=False)
+    monkeypatch.setattr(train_vqgan, "to_rgb", lambda image: seen.append(image.size) or to_rgb(image))
+    got = train_vqgan.augment(str(photo), 0, args)
+    whole = to_square(PIL.Image.open(photo), 64)
+    assert seen == [(160, 160), (320, 320)]
+    error = (got.double() - whole.double()).square().mean()
+    assert 0 < error and 10 * torch.log10(255**2 / error) > 45
 
 
 def test_flip_is_the_mirror_image():
