@@ -1,0 +1,64 @@
+"""The benchmarks' own machinery: what is timed is what was asked for, and what is held out is never trained on."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from conftest import REPOSITORY, without
+
+sys.path.append(str(REPOSITORY / "benchmarks"))
+
+import throughput  # noqa: E402
+
+import recipes  # noqa: E402
+import train_vqgan  # noqa: E402
+
+
+def test_held_out_photographs_are_not_trained_on(tmp_path, monkeypatch):
+    """Ten photographs in two crops each: both crops of two of them are held out. Red when every fifth file is."""
+    photos, opened, real = tmp_path / "photos", [], PIL.Image.open
+    photos.mkdir()
+    for i in range(10):
+        for crop in (1, 2):
+            PIL.Image.new("RGB", (96, 80), (20 * i, 0, 0)).save(photos / f"{chr(97 + i)}_{crop:02d}.jpg")
+    monkeypatch.setattr(PIL.Image, "open", lambda path: opened.append(Path(path).stem) or real(path))
+    sides = {}
+    for fifth in ("without", "only", None):
+        options = argparse.Namespace(photos=photos, out=tmp_path / str(fifth), number=3, smallest=0.8, fifth=fifth)
+        recipes.cut(options)
+        sides[fifth], opened[:] = set(opened), []
+        assert [real(path).size for path in sorted(options.out.iterdir())] == [(64, 64)] * 3
+    assert sides["only"] == {"e_01", "e_02", "j_01", "j_02"}
+    assert not sides["only"] & sides["without"] and len(sides["without"]) == 16
+    assert sides[None] == sides["only"] | sides["without"]
+
+
+def test_flags_of_the_throughput_benchmark_are_flags(tmp_path):
+    options = argparse.Namespace(model=None, resolution=64, train_batch_size=2, mixed_precision="no")
+    words = throughput.flags(throughput.OURS, options, tmp_path, flags="--use_ema", codes=2048)
+    args = train_vqgan.parse_args([str(word) for word in words])
+    assert args.use_ema and args.discriminator_start == 0
+    assert json.loads((tmp_path / "model.json").read_text())["num_vq_embeddings"] == 2048
+
+
+@pytest.mark.slow
+def test_a_turn_is_a_number_of_steps(flags):
+    """Steps are logged as they are taken; red when the discriminator's backward pass counts as a step of its own."""
+    more = [*without(flags, "--max_train_steps"), "--max_train_steps", "100", "--log_steps", "1"]
+    run = throughput.Run(REPOSITORY / "train_vqgan.py", [*more, "--discriminator_start", "0"])
+    log, taken = Path(flags[-1]) / "metrics.jsonl", []
+    for steps in (1, 3, 5):
+        seconds, memory = run.turn(steps)
+        assert seconds > 0 and memory > 100 << 20
+        taken.append(len(log.read_text().splitlines()))
+    run.end()
+    assert taken == [1, 4, 9]
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_says_why(flags):
+    with pytest.raises(throughput.Ended, match="no such folder"):
+        throughput.Run(REPOSITORY / "train_vqgan.py", [*flags, "--train_data_dir", "/nowhere"])
