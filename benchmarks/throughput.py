@@ -1,8 +1,8 @@
 # Copyright 2026 the contributors. Licensed under the Apache License, Version 2.0; see LICENSE.
 """Time training steps: beside diffusers' example, part by part, and as sizes grow. Writes the tables of README.md here.
 
-    python benchmarks/throughput.py beside largest --upstream path/to/examples/vqgan
-    python benchmarks/throughput.py parts profile growth processes data start
+    python benchmarks/throughput.py beside profile --upstream path/to/examples/vqgan
+    python benchmarks/throughput.py parts growth processes data start
     python benchmarks/throughput.py all --upstream path/to/examples/vqgan --mixed_precision bf16
 
 Each part is a table between two marks in README.md. With a GPU the model is configs/taming_16x.json at 256 px, without one
@@ -90,18 +90,19 @@ class Ended(Exception):
 class Run:
     """A training in a process of its own that takes turns."""
 
-    def __init__(self, script, words):
+    def __init__(self, script, words, mode="turns"):
         ours, theirs = os.pipe()
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "watched.py", "turns", str(theirs), script, *words],
+            [sys.executable, HERE / "watched.py", mode, str(theirs), script, *words],
             **{"stdin": subprocess.PIPE, "stdout": self.log, "stderr": self.log, "text": True, "env": environment()},
             **{"pass_fds": [theirs], "start_new_session": True, "cwd": REPOSITORY},
         )
         os.close(theirs)
         self.answers = os.fdopen(ours)
-        self.answer()
-        self.signal(signal.SIGSTOP)
+        self.first = self.answer()
+        if mode == "turns":
+            self.signal(signal.SIGSTOP)
 
     def signal(self, number):
         os.killpg(self.process.pid, number)
@@ -191,12 +192,16 @@ def cpu_name():
     return found[1] if found else platform.processor()
 
 
+def scripts(options, *variants):
+    """name -> (path, template of flags, more flags): this script, with variants, and diffusers'."""
+    ours = {f"train_vqgan.py {more}".strip(): (REPOSITORY / "train_vqgan.py", OURS, more) for more in ("", *variants)}
+    return ours | {"diffusers": (f"{options.upstream}/train_vqgan.py", THEIRS, "")}
+
+
 def beside(options):
     """This script and diffusers' example in turns, with memory."""
-    ours, theirs, rows = REPOSITORY / "train_vqgan.py", f"{options.upstream}/train_vqgan.py", []
+    kinds, rows = scripts(options, "--torch_compile"), []
     for backbone in LAYERS:
-        kinds = {"train_vqgan.py": (ours, OURS, ""), "train_vqgan.py --torch_compile": (ours, OURS, "--torch_compile")}
-        kinds["diffusers"] = (theirs, THEIRS, "")
         with tempfile.TemporaryDirectory() as folder:
             runs = {}
             for name, (script, template, more) in kinds.items():
@@ -214,10 +219,8 @@ def beside(options):
 
 def largest(options):
     """The largest batch, of powers of two, with which each script takes three steps."""
-    ours, theirs, rows = REPOSITORY / "train_vqgan.py", f"{options.upstream}/train_vqgan.py", []
-    kinds = {"train_vqgan.py": (ours, OURS, ""), "train_vqgan.py --torch_compile": (ours, OURS, "--torch_compile")}
-    kinds |= {"train_vqgan.py --gradient_checkpointing": (ours, OURS, "--gradient_checkpointing")}
-    for name, (script, template, more) in (kinds | {"diffusers": (theirs, THEIRS, "")}).items():
+    rows = []
+    for name, (script, template, more) in scripts(options, "--torch_compile", "--gradient_checkpointing").items():
         batch, memory = 4, 0
         while True:
             changed = argparse.Namespace(**vars(options) | {"train_batch_size": batch})
@@ -251,8 +254,18 @@ def parts(options):
 
 
 def profile(options):
-    """The operations that take longest in a step."""
-    inside(options, largest_costs)
+    """The operations that take longest in a step, of both scripts."""
+    rows = []
+    for name, (script, template, more) in scripts(options).items():
+        with tempfile.TemporaryDirectory() as folder:
+            found = Run(script, flags(template, options, folder, flags=more), "profile").first
+        whole = sum(seconds for _, seconds, _ in found)
+        rows.append(
+            [f"**`{name}`**, {sum(calls for *_, calls in found):,.0f} operations", f"{1000 * whole:.0f}", "", ""]
+        )
+        for operation, seconds, calls in found[:5]:
+            rows.append([f"`{operation[:60]}`", f"{1000 * seconds:.0f}", f"{seconds / whole:.0%}", f"{calls:.0f}"])
+    put("profile", ["operation", "ms a step", "share", "calls"], rows, f"{sizes(options)}, vgg19.")
 
 
 def inside(options, measure):
@@ -354,31 +367,6 @@ def take_apart(
         f"{'bf16' if bf16 else 'fp32'} product of {side} x {side} matrices."
     )
     put("parts", ["part", "ms", "share of the step"], rows, note)
-
-
-def largest_costs(
-    options, accelerator, generator, discriminator, state, perceptual, items, evaluation, images, args, trained
-):
-    from torch.profiler import ProfilerActivity
-
-    from train_vqgan import to_signed, training_batches
-
-    x = to_signed(next(training_batches(items, args, 0, accelerator)), accelerator.device)
-    step = (accelerator, generator, discriminator, state, perceptual, x, args)
-    for _ in range(3):
-        a_step(*step)
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * CUDA
-    with torch.profiler.profile(activities=kinds) as found:
-        for _ in range(3):
-            a_step(*step)
-        synchronized()
-    events = found.key_averages()
-    cost = (lambda e: e.self_device_time_total) if CUDA else (lambda e: e.self_cpu_time_total)
-    total = sum(map(cost, events))
-    top = sorted(events, key=cost, reverse=True)[:8]
-    rows = [[f"`{e.key[:80]}`", f"{cost(e) / 3000:.1f}", f"{cost(e) / total:.0%}", e.count // 3] for e in top]
-    note = f"{sizes(options)}, {args.timm_model_backend}, {total / 3000:.0f} ms a step, {sum(e.count for e in events) // 3} operations."
-    put("profile", ["operation", "ms a step", "share", "calls"], rows, note)
 
 
 def growth(options):
@@ -494,7 +482,7 @@ PARTS = {part.__name__: part for part in (beside, largest, parts, profile, growt
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"])
-    parser.add_argument("--upstream", help="beside, largest: folder of diffusers' examples/vqgan")
+    parser.add_argument("--upstream", help="beside, largest, profile: folder of diffusers' examples/vqgan")
     parser.add_argument("--model", default="configs/taming_16x.json" if CUDA else None, help="VQModel config")
     parser.add_argument("--resolution", type=int, default=256 if CUDA else 64)
     parser.add_argument("--train_batch_size", type=int, default=8)
