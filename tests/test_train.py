@@ -166,6 +166,32 @@ def test_resume_is_exact(train, tmp_path, more):
     assert metrics(whole) == metrics(parts) and len(metrics(whole)) == 2
 
 
+def test_8bit_adam_trains_restarts_codes_and_resumes(train, tmp_path, monkeypatch):
+    """bitsandbytes itself, with 8-bit moments of the codebook, too; red when those of restarted codes are kept."""
+    config = TINY_MODEL | {"block_out_channels": [32, 32], "num_vq_embeddings": 2048}
+    (tmp_path / "wide.json").write_text(json.dumps(config))
+    more = ["--use_8bit_adam", "--model_config_name_or_path", str(tmp_path / "wide.json"), "--resolution", "64"]
+    more += ["--max_train_steps", "6", "--codebook_restart_steps", "2", "--checkpointing_steps", "3", "--log_steps", "1"]
+    restart, seen = train_vqgan.restart_dead_codes, []
+
+    def spy(accelerator, state):
+        moments = state.optimizers["generator"].optimizer.state
+        weight = state.quantizer.embedding.weight
+        before = weight.detach().clone(), moments[weight]["state1"].dtype
+        restart(accelerator, state)
+        seen.append((torch.equal(before[0], weight), before[1], weight in moments))
+
+    monkeypatch.setattr(train_vqgan, "restart_dead_codes", spy)
+    whole = train(*more, "--output_dir", str(tmp_path / "whole"))
+    assert (False, torch.uint8, False) in seen, "no codes with 8-bit moments were restarted"
+    parts = train(*more, "--output_dir", str(tmp_path / "parts"))
+    train_vqgan.shutil.rmtree(parts / "checkpoint-6")
+    train(*more, "--output_dir", str(parts), "--resume_from_checkpoint", "latest")
+    assert not equal(weights(whole, "generator", 3), weights(whole, "generator", 6))
+    assert equal(weights(whole, "generator", 6), weights(parts, "generator", 6))
+    assert metrics(whole) == metrics(parts)
+
+
 def test_latest_starts_afresh_on_an_empty_directory(train, tmp_path):
     run = train("--resume_from_checkpoint", "latest", "--output_dir", str(tmp_path / "new"))
     assert (run / "checkpoint-2").is_dir()
