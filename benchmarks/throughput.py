@@ -1,7 +1,7 @@
 # Copyright 2026 the contributors. Licensed under the Apache License, Version 2.0; see LICENSE.
 """Time training steps: beside diffusers' example, part by part, and as sizes grow. Writes the tables of README.md here.
 
-    python benchmarks/throughput.py beside profile --upstream path/to/examples/vqgan
+    python benchmarks/throughput.py beside memory profile --upstream path/to/examples/vqgan
     python benchmarks/throughput.py parts growth processes data start
     python benchmarks/throughput.py all --upstream path/to/examples/vqgan --mixed_precision bf16
 
@@ -217,6 +217,20 @@ def beside(options):
     put("beside", ["script", "backbone", "images/s", "times diffusers'", "peak memory, GiB"], rows, note)
 
 
+def memory(options):
+    """Peak memory of two steps of each script with configs/movq_4x.json at 128 px."""
+    changed = argparse.Namespace(
+        **vars(options) | {"model": REPOSITORY / "configs" / "movq_4x.json", "resolution": 128}
+    )
+    rows = []
+    for name, (script, template, more) in scripts(changed, "--gradient_checkpointing").items():
+        with tempfile.TemporaryDirectory() as folder:
+            run = Run(script, flags(template, changed, folder, flags=more))
+            rows.append([f"`{name}`", f"{run.turn(2)[1] / 2**30:.2f}"])
+            run.end()
+    put("memory", ["script", "peak memory, GiB"], rows, f"{sizes(changed)}, vgg19.")
+
+
 def largest(options):
     """The largest batch, of powers of two, with which each script takes three steps."""
     rows = []
@@ -243,7 +257,7 @@ def largest(options):
 
 
 def sizes(options):
-    model = options.model or "32, 64, 64 channels"
+    model = Path(options.model).name if options.model else "32, 64, 64 channels"
     precision = {"no": "fp32"}.get(options.mixed_precision, options.mixed_precision)
     return f"{model}, {options.resolution} px, batch {options.train_batch_size}, {precision}"
 
@@ -476,13 +490,13 @@ def start(options):
     put("start", ["", "seconds", "times the imports"], rows)
 
 
-PARTS = {part.__name__: part for part in (beside, largest, parts, profile, growth, processes, data, start)}
+PARTS = {part.__name__: part for part in (beside, memory, largest, parts, profile, growth, processes, data, start)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"])
-    parser.add_argument("--upstream", help="beside, largest, profile: folder of diffusers' examples/vqgan")
+    parser.add_argument("--upstream", help="beside, memory, largest, profile: folder of diffusers' examples/vqgan")
     parser.add_argument("--model", default="configs/taming_16x.json" if CUDA else None, help="VQModel config")
     parser.add_argument("--resolution", type=int, default=256 if CUDA else 64)
     parser.add_argument("--train_batch_size", type=int, default=8)
