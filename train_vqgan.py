@@ -2055,7 +2055,7 @@ class Evaluation:
             "weights": weights,
             "data": source if args.validation_data_dir else f"{source}, {part}",
             "resolution": args.resolution,
-            "crop": "short side resized (Pillow bicubic, antialiased), centre",
+            "crop": "centre, side as the short one, resized by torch (bicubic, antialiased)",
             "rounding": "reconstructions clipped and rounded to 8 bits",
             "ssim": "gaussian window 11, sigma 1.5, data range 1, border of 5 pixels cropped",
             "distances": {name: network.layers for name, network in self.distances.items()},
@@ -2347,8 +2347,8 @@ def start_accelerator(args):
         use_cpu_well()
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = args.allow_tf32
+        torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
 
 

@@ -4,7 +4,9 @@
     python benchmarks/recipes.py cut --photos images/train --out squares/train --number 10000 --smallest 0.5
     python benchmarks/recipes.py cut --photos FOLDER --out squares/held_out --number 5120 --smallest 0.15
     python benchmarks/recipes.py codebook --seeds 0 1 2
-    python benchmarks/recipes.py large
+    python benchmarks/recipes.py cut --photos images/train --out squares/four_fifths --number 10000 --smallest 0.5 --fifth without
+    python benchmarks/recipes.py cut --photos images/train --out squares/fifth --number 5120 --smallest 0.5 --fifth only
+    python benchmarks/recipes.py large --train squares/four_fifths --held_out squares/fifth
     python benchmarks/recipes.py adversarial --seeds 0 1 2
     python benchmarks/recipes.py upstream --seeds 0 1 2 --steps 1500 --upstream path/to/examples/vqgan
     python benchmarks/recipes.py tables
@@ -137,6 +139,7 @@ def versions():
 
 def train_and_evaluate(run, options):
     """Lines for recipes.jsonl, one for each of `samples`. run: suite, variant, codes, seed, steps, samples, flags."""
+    where = {"train": Path(options.train).name, "held_out": Path(options.held_out).name}
     threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
     with tempfile.TemporaryDirectory() as folder:
         config, start = Path(folder) / "model.json", time.perf_counter()
@@ -161,10 +164,11 @@ def train_and_evaluate(run, options):
             validated = [[line["step"], value] for line in lines for key, value in line.items() if "val/psnr" in key]
             pixel_range = "signed"
         seconds = round(time.perf_counter() - start)
-        more = {"took": seconds, "last": kept, "psnr": validated, "versions": versions()}
-        for n in run["samples"]:
-            found = evaluate(f"{folder}/run", n, options, threads, f"--pixel_range {pixel_range}")
-            yield run | {"samples": n, "metrics": found} | more
+        more = {"took": seconds, "last": kept, "psnr": validated, "versions": versions()} | where
+        found = {
+            n: evaluate(f"{folder}/run", n, options, threads, f"--pixel_range {pixel_range}") for n in run["samples"]
+        }
+    return [run | {"samples": n, "metrics": metrics} | more for n, metrics in found.items()]
 
 
 def suite(options, runs):
@@ -175,9 +179,10 @@ def suite(options, runs):
     todo = [run for run in runs if tuple(run[k] for k in key) not in done]
 
     def work(run):
-        for result in train_and_evaluate(run, options):
-            with open(RESULTS, "a") as file:
-                file.write(json.dumps(result) + "\n")
+        results = train_and_evaluate(run, options)
+        with open(RESULTS, "a") as file:
+            file.write("".join(json.dumps(result) + "\n" for result in results))
+        for result in results:
             shown = {k: round(v, 4) for k, v in result["metrics"].items()}
             print(run["variant"], run["codes"], run["seed"], f"{result['took']} s", shown, flush=True)
 

