@@ -250,6 +250,8 @@ TAKEN_ON_RESUME = [
     ["--num_validation_samples", "2"],
     ["--use_ema"],
     ["--mixed_precision", "bf16"],
+    ["--allow_tf32"],
+    ["--torch_compile"],
     ["--gradient_checkpointing"],
     ["--perceptual_weight", "0"],
     ["--adversarial_weight", "0.5"],
