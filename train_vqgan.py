@@ -272,7 +272,7 @@ def parse_args(argv=None):
     add("--max_bad_steps", type=positive, default=50, help="stop after this many steps in a row whose loss or gradient is not finite; fp16 takes some to find its scale")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast of the networks; losses and quantiser stay fp32 (default: as in accelerate config)")
     add("--allow_tf32", action=argparse.BooleanOptionalAction, default=True, help="TF32 products on NVIDIA GPUs, outside quantiser and validation")
-    add("--torch_compile", action="store_true", help="compile the networks for training: a minute or more at the start, faster steps after it")
+    add("--torch_compile", action="store_true", help="compile the networks for training, at the start; validation and export stay as they are")
     add("--seed", type=number(int, 0, 2**32 - 1), help="seed of everything (default: drawn and recorded)")
 
     add = parser.add_argument_group("ema").add_argument
@@ -445,7 +445,7 @@ def to_square(image, resolution, rng=None, flip=False):
     """PIL image to uint8 [3, resolution, resolution]: short side resized (antialiased bicubic) and cropped.
 
     The crop is the centre without `rng`, else drawn from it. Only the crop is resized, by torch: as Pillow to one level of
-    256, several times faster.
+    256, in half the time.
     """
     image = to_rgb(image)
     side = min(image.size)
@@ -1465,7 +1465,7 @@ def generator_step(accelerator, generator, state, perceptual, micro_batches, wei
             x_hat, codes = generator(to_model(x, args), return_dict=False)  # the only call of the generator
             x_hat = from_model(x_hat, args)
             first = state.step == 0 and i == 0
-            with frozen(state.discriminator), torch.compiler.set_stance("force_eager" if first else "default"):
+            with frozen(state.discriminator), torch.compiler.set_stance("force_eager") if first else nullcontext():
                 loss, terms = generator_loss(x, x_hat, codes, perceptual, state.discriminator, args, weight)
             if first:
                 report_gradient_shares(gradient_shares(terms, x_hat))

@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import PIL.Image
+from throughput import place
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
@@ -284,16 +285,11 @@ def table(runs):
 def tables(options):
     """Put the tables of recipes.jsonl between the marks in README.md here."""
     runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    text = (HERE / "README.md").read_text()
     for name in {run["suite"] for run in runs}:
         order = list(CODEBOOK | ADVERSARIAL)
         chosen = [run for run in runs if run["suite"] == name]
-        place = {variant: order.index(variant) if variant in order else 0 for variant in {r["variant"] for r in chosen}}
-        made = table(sorted(chosen, key=lambda run, place=place: (run["codes"], place[run["variant"]])))
-        marks = f"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        assert re.search(marks, text, re.S), f"no place for the table of {name}"
-        text = re.sub(marks, lambda found, made=made: found[1] + made + found[2], text, flags=re.S)
-    (HERE / "README.md").write_text(text)
+        at = {variant: order.index(variant) if variant in order else 0 for variant in {r["variant"] for r in chosen}}
+        place(name, table(sorted(chosen, key=lambda run, at=at: (run["codes"], at[run["variant"]]))))
 
 
 def main():

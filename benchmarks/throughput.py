@@ -198,7 +198,11 @@ def put(name, header, rows, note=""):
     lines = [header, ["---"] * len(header), *rows]
     text = made.strip() + "\n\n" + "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
     print(f"\n{name}\n{text}\n", flush=True)
-    name = f"{name}, GPU" if CUDA else name
+    place(f"{name}, GPU" if CUDA else name, text)
+
+
+def place(name, text):
+    """Put `text` between the marks of `name` in README.md."""
     page = (HERE / "README.md").read_text()
     marks = f"(<!-- {name} -->\n).*?(\n<!-- end -->)"
     assert re.search(marks, page, re.S), f"README.md has no place for {name}"

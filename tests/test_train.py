@@ -172,16 +172,7 @@ def test_8bit_adam_trains_restarts_codes_and_resumes(train, tmp_path, monkeypatc
     config = TINY_MODEL | {"block_out_channels": [32, 32], "num_vq_embeddings": 2048}
     (tmp_path / "wide.json").write_text(json.dumps(config))
     more = ["--use_8bit_adam", "--model_config_name_or_path", str(tmp_path / "wide.json"), "--resolution", "64"]
-    more += [
-        "--max_train_steps",
-        "6",
-        "--codebook_restart_steps",
-        "2",
-        "--checkpointing_steps",
-        "3",
-        "--log_steps",
-        "1",
-    ]
+    more += "--max_train_steps 6 --codebook_restart_steps 2 --checkpointing_steps 3 --log_steps 1".split()
     restart, seen = train_vqgan.restart_dead_codes, []
 
     def spy(accelerator, state):
