@@ -21,7 +21,6 @@ train_batch_size x gradient_accumulation_steps x processes images. To resume, ru
 """
 
 import argparse
-import ctypes
 import difflib
 import hashlib
 import importlib.util
@@ -44,8 +43,11 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors in huge pages: a tenth of a CPU step went into page faults
 
 import accelerate
 import datasets
@@ -72,10 +74,13 @@ from accelerate.utils import (
 from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import VectorQuantizer
+from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
+from diffusers.models.upsampling import Upsample2D
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from torch import nn
+from torch.utils import checkpoint as checkpointing
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
@@ -92,6 +97,7 @@ STOPPED = 3  # exit status after a signal
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)  # what Pillow raises
 DEFAULT_CONFIG = REPOSITORY / "configs" / "default_4x.json"
+CHECKPOINTED = (ResnetBlock2D, ResnetBlockCondNorm2D, Upsample2D)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 
 FOREIGN = (
@@ -228,7 +234,7 @@ def parse_args(argv=None):
     add("--discriminator_config_name_or_path", help="discriminator config: JSON file, directory or Hub id; see configs/")
     add("--pretrained_discriminator_name_or_path", help="start from this discriminator: directory or Hub id")
     add("--train_only", choices=["decoder"], help="leave the encoder and the codebook of the pretrained model as they are: its codes keep their meaning")
-    add("--gradient_checkpointing", action="store_true", help="recompute the generator's activations in the backward pass: less memory, slower")
+    add("--gradient_checkpointing", nargs="?", const="blocks", default="norms", choices=["none", "norms", "blocks"], help="what of the generator's residual blocks is computed again in the backward pass instead of kept; by itself: blocks")
 
     add = parser.add_argument_group("objectives").add_argument
     add("--vae_loss", choices=["l1", "l2"], default="l2", help="pixel loss")
@@ -1162,11 +1168,6 @@ def check_vqmodel_config(flag, config, resolution):
     nearest = max(factor, round(resolution / factor) * factor)
     divisible = f"--resolution: {resolution} is not divisible by the model's downsampling {factor}; {nearest} is"
     require(resolution % factor == 0, divisible)
-    if config["num_vq_embeddings"] > 16384:
-        logger.warning(
-            f"num_vq_embeddings {config['num_vq_embeddings']}: beyond about 16384 codes plain vector quantisation gains "
-            "little or gets worse (Yu et al. 2023, https://arxiv.org/abs/2310.05737); watch codebook/used"
-        )
 
 
 def build_generator(args):
@@ -1197,10 +1198,27 @@ def build_generator(args):
             part.requires_grad_(True)
     if args.codebook_init == "sphere":
         quantizer.embedding.weight.data = F.normalize(torch.randn_like(quantizer.embedding.weight), dim=1)
-    if args.gradient_checkpointing:
-        model._supports_gradient_checkpointing = True  # VQModel does not declare it; its encoder and decoder have it
-        model.enable_gradient_checkpointing()
+    compiled = args.gradient_checkpointing == "norms" and args.torch_compile  # the compiler chooses by itself
+    if args.gradient_checkpointing != "none" and not compiled:
+        checkpoint_activations(model, args.gradient_checkpointing)
     return model.train()
+
+
+def checkpoint_activations(model, what):
+    """Compute again in the backward pass, instead of keeping, the "norms" and activations around the convolutions (most
+    of the memory, little of the work) or whole "blocks" (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
+    """
+
+    def policy(context, operation, *args, **kwargs):
+        product = operation is torch.ops.aten.convolution.default and args[1].shape[-1] > 1  # spatial norm's are 1 x 1
+        return checkpointing.CheckpointPolicy["MUST_SAVE" if product else "PREFER_RECOMPUTE"]
+
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    if what == "norms":
+        options["context_fn"] = partial(checkpointing.create_selective_checkpoint_contexts, policy)
+    for part in [*model.modules()]:
+        if isinstance(part, CHECKPOINTED) or part is model.decoder.conv_norm_out:
+            part.forward = partial(checkpointing.checkpoint, part.forward, **options)
 
 
 def build_discriminator(args):
@@ -2353,16 +2371,9 @@ def start_accelerator(args):
 
 
 def use_cpu_well():
-    """All cores where the launcher set one thread because nobody chose, and memory kept instead of returned.
-
-    glibc maps every large tensor anew and gives it back: page faults took 10 to 18 % of a small generator's step.
-    """
+    """All cores where the launcher set one thread because nobody chose."""
     if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         torch.set_num_threads(cores_per_process())
-    with suppress(AttributeError, TypeError):  # not glibc
-        mallopt, m_trim_threshold, m_mmap_max = ctypes.CDLL(None).mallopt, -1, -4
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def check_shared(accelerator, args):

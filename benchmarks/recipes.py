@@ -10,6 +10,7 @@
     python benchmarks/recipes.py adversarial --seeds 0 1 2
     python benchmarks/recipes.py upstream --seeds 0 1 2 --steps 1500 --upstream path/to/examples/vqgan
     python benchmarks/recipes.py tables
+    python benchmarks/recipes.py plot --out images/discriminator.png
 
 Every run is one line of benchmarks/recipes.jsonl; a run that is there already is not repeated, so that a suite can be
 interrupted. Models are trained on squares of 64 px, a random part of one of the photographs in images/train each, and
@@ -292,15 +293,32 @@ def tables(options):
         place(name, table(sorted(chosen, key=lambda run, at=at: (run["codes"], at[run["variant"]]))))
 
 
+def plot(options):
+    """Held-out PSNR of the adversarial suite, a line for each run; needs matplotlib."""
+    import matplotlib.pyplot as plt
+
+    runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    runs = [run for run in runs if run["suite"] == "adversarial"]
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    for number, variant in enumerate(ADVERSARIAL):
+        for i, run in enumerate(run for run in runs if run["variant"] == variant):
+            axis.plot(*zip(*run["psnr"]), color=f"C{number}", label=None if i else variant, linewidth=1.2)
+    axis.axvline(runs[0]["steps"] // 10, color="grey", linestyle=":", label="start of the discriminator")
+    axis.set(xlabel="step", ylabel="held-out PSNR, dB")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(options.out, dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     suites = {"cut": cut, "codebook": codebook, "large": large, "adversarial": adversarial}
-    suites |= {"upstream": upstream, "tables": tables}
+    suites |= {"upstream": upstream, "tables": tables, "plot": plot}
     parser.add_argument("suite", choices=suites)
     parser.add_argument("--train", default="squares/train", help="folder of squares that `cut` made")
     parser.add_argument("--held_out", default="squares/held_out", help="the same of other photographs")
     parser.add_argument("--photos", help="cut: folder of photographs")
-    parser.add_argument("--out", help="cut: folder to make")
+    parser.add_argument("--out", help="cut: folder to make; plot: file")
     parser.add_argument("--smallest", type=float, default=0.15, help="cut: least side, as a share of the photograph's")
     parser.add_argument("--number", type=int, default=5120, help="cut: squares to make")
     parser.add_argument(

@@ -247,7 +247,8 @@ def memory(options):
         **vars(options) | {"model": REPOSITORY / "configs" / "movq_4x.json", "resolution": 128}
     )
     rows = []
-    for name, (script, template, more) in scripts(changed, "--gradient_checkpointing").items():
+    ours = ("--gradient_checkpointing none", "--gradient_checkpointing blocks")
+    for name, (script, template, more) in scripts(changed, *ours).items():
         with tempfile.TemporaryDirectory() as folder:
             run = Run(script, flags(template, changed, folder, flags=more))
             rows.append([f"`{name}`", f"{run.turn(2)[1] / 2**30:.2f}"])
@@ -258,7 +259,9 @@ def memory(options):
 def largest(options):
     """The largest batch, of powers of two, with which each script takes three steps."""
     rows = []
-    for name, (script, template, more) in scripts(options, "--torch_compile", "--gradient_checkpointing").items():
+    for name, (script, template, more) in scripts(
+        options, "--torch_compile", "--gradient_checkpointing blocks"
+    ).items():
         batch, memory = 4, 0
         while batch <= 512:
             changed = argparse.Namespace(**vars(options) | {"train_batch_size": batch})

@@ -1,7 +1,6 @@
 """Model configs: what is wrong with one is said in one line, and those that come with the repository are right."""
 
 import json
-import logging
 import re
 
 import numpy as np
@@ -311,20 +310,6 @@ def test_small_resolution_without_a_discriminator(train, tmp_path):
     """With weight 0 it is not used, so its size does not matter."""
     (tmp_path / "deep.json").write_text(json.dumps({"depth": 3, "hidden_channels": 8, "norm_num_groups": 4}))
     train(DISCRIMINATOR, str(tmp_path / "deep.json"), "--adversarial_weight", "0", "--checkpointing_steps", "0")
-
-
-# ---- Many codes ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("codes, warned", [(16384, False), (16385, True), (262144, True)])
-def test_many_codes_warn_and_say_why(caplog, codes, warned):
-    """Red when the warning is left out, or comes at 16,384."""
-    with caplog.at_level(logging.WARNING, "train_vqgan"):
-        train_vqgan.check_vqmodel_config("flag", TINY_MODEL | {"num_vq_embeddings": codes}, 64)
-    said = [record.message for record in caplog.records]
-    assert len(said) == warned
-    if warned:
-        assert f"num_vq_embeddings {codes}" in said[0] and "worse" in said[0] and "https://" in said[0]
 
 
 # ---- Configs of the repository -------------------------------------------------------------------------------------

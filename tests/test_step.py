@@ -1,10 +1,13 @@
 """One step: who moves, who does not, and that accumulation and skipping mean what they say."""
 
 import copy
+import json
 
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import TINY_MODEL
+from torch.profiler import ProfilerActivity, profile
 
 import train_vqgan
 from train_vqgan import SampleStream, TrainingState, adversarial_weight, discriminator_step, generator_step
@@ -255,3 +258,34 @@ def test_discriminator_that_has_won_or_collapsed_is_said_once(game, caplog, said
     lines = [record.message for record in caplog.records]
     assert len(lines) == (word is not None)
     assert word is None or f"has {word}" in lines[0] and "Step 100" in lines[0]
+
+
+@pytest.mark.parametrize("norm_type", ["group", "spatial"])
+def test_gradient_checkpointing_keeps_less_and_computes_again(flags, tmp_path, norm_type):
+    """The same gradients to the last bit, less held after the forward pass, and what is computed in the backward pass.
+
+    Red when the flag is ignored, when either kind of residual block is left out, or when "norms" keeps no product or also
+    those of spatial norm.
+    """
+    config = TINY_MODEL | {"norm_type": norm_type, "block_out_channels": [32, 32], "layers_per_block": 2}
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    x, gradients, held, calls = torch.rand(2, 3, 64, 64), {}, {}, {}
+    for what in ("none", "norms", "blocks"):
+        torch.manual_seed(0)
+        more = ("--gradient_checkpointing", what, "--codebook_init", "sphere")
+        generator = train_vqgan.build_generator(train_vqgan.parse_args([*flags, *more]))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as forward:
+            x_hat, _ = generator(x, return_dict=False)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as backward:
+            x_hat.square().mean().backward()
+        gradients[what] = {name: p.grad for name, p in generator.named_parameters() if p.grad is not None}
+        held[what] = sum(event.self_cpu_memory_usage for event in forward.key_averages())
+        again = backward.events()
+        norms = any(e.name == "aten::native_group_norm" for e in again)
+        calls[what] = norms, any(e.name == "aten::_convolution" and e.input_shapes[1][-1] > 1 for e in again)
+    assert calls == {"none": (False, False), "norms": (True, False), "blocks": (True, True)}
+    assert held["norms"] < {"group": 0.6, "spatial": 0.4}[norm_type] * held["none"]
+    assert held["blocks"] < 0.5 * held["norms"]
+    for what in ("norms", "blocks"):
+        for name, gradient in gradients["none"].items():
+            assert torch.equal(gradients[what][name], gradient), (what, name)
