@@ -225,7 +225,8 @@ def scripts(options, *variants):
 
 def beside(options):
     """This script and diffusers' example in turns, with memory."""
-    kinds, rows = scripts(options, "--torch_compile"), []
+    ours = ("--gradient_checkpointing none", "--gradient_checkpointing blocks", "--torch_compile")
+    kinds, rows = scripts(options, *ours), []
     for backbone in LAYERS:
         with tempfile.TemporaryDirectory() as folder:
             runs = {}

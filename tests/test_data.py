@@ -863,12 +863,18 @@ def test_unreadable_image_in_a_stream_of_single_images(tmp_path):
         assert set(shades(batches(load_items(args), args, start, 9))) == {10, 30}
 
 
-def test_streaming_through_main(no_folder, train, local):
-    """As far as the export. Red when something asks the stream for its length."""
-    flags = ("--dataset_name", local("dataset").dataset_name, "--streaming")
-    output = train(*flags, "--log_steps", "1", "--checkpointing_steps", "2")
+def test_streaming_through_main(no_folder, train, flags, local, capsys):
+    """As far as the export, and not on as a run that does not stream.
+
+    Red when something asks the stream for its length, or when what_is_trained leaves --streaming out.
+    """
+    data = ("--dataset_name", local("dataset").dataset_name)
+    output = train(*data, "--streaming", "--log_steps", "1", "--checkpointing_steps", "2")
     assert (output / "vqmodel" / "config.json").is_file() and len(metrics(output)) == 2
     assert json.loads((output / "checkpoint-2" / "progress.json").read_text())["samples_seen"] == 4
+    assert train_vqgan.main([*flags, *data, "--resume_from_checkpoint", "latest", "--max_train_steps", "3"]) == 2
+    line = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(line) == 1 and "--resume_from_checkpoint: --streaming" in line[0]
 
 
 # ---- Validation images ---------------------------------------------------------------------------------------------
