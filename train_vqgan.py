@@ -62,15 +62,8 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 import torchmetrics.functional.image
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import VectorQuantizer
@@ -80,7 +73,6 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from torch import nn
-from torch.utils import checkpoint as checkpointing
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
@@ -97,13 +89,7 @@ STOPPED = 3  # exit status after a signal
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)  # what Pillow raises
 DEFAULT_CONFIG = REPOSITORY / "configs" / "default_4x.json"
-CHECKPOINTED = (ResnetBlock2D, ResnetBlockCondNorm2D, Upsample2D)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-
-FOREIGN = (
-    "checkpoints of taming-transformers, LDM, LlamaGen or MaskGIT are not read; convert them to a diffusers VQModel "
-    "directory (vqmodel/ of a run, or a Hub id) first"
-)
 
 
 class UserError(Exception):
@@ -234,7 +220,7 @@ def parse_args(argv=None):
     add("--discriminator_config_name_or_path", help="discriminator config: JSON file, directory or Hub id; see configs/")
     add("--pretrained_discriminator_name_or_path", help="start from this discriminator: directory or Hub id")
     add("--train_only", choices=["decoder"], help="leave the encoder and the codebook of the pretrained model as they are: its codes keep their meaning")
-    add("--gradient_checkpointing", nargs="?", const="blocks", default="norms", choices=["none", "norms", "blocks"], help="what of the generator's residual blocks is computed again in the backward pass instead of kept; by itself: blocks")
+    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="compute norms and activations again in the backward pass instead of keeping them: half the memory or less")
 
     add = parser.add_argument_group("objectives").add_argument
     add("--vae_loss", choices=["l1", "l2"], default="l2", help="pixel loss")
@@ -344,7 +330,7 @@ def check_args(args):
     require(not both, "--discriminator_config_name_or_path: a pretrained discriminator brings its own; give one of them")
     for flag in ("pretrained_model_name_or_path", "pretrained_discriminator_name_or_path"):
         path = getattr(args, flag)
-        require(not path or not Path(path).is_file(), f"--{flag}: {path} is a single file; {FOREIGN}")
+        require(not path or not Path(path).is_file(), f"--{flag}: {path} is a single file; checkpoints of taming-transformers, LDM, LlamaGen or MaskGIT are not read; convert them to a diffusers VQModel directory (vqmodel/ of a run, or a Hub id) first")
     require(args.timm_model_layers != "head", "--timm_model_layers: 'head' is no feature layer; leave it out for all stages, or use logits")
     hub = args.push_to_hub or not (args.hub_token or args.hub_model_id)
     require(hub, "--hub_token and --hub_model_id: need --push_to_hub")
@@ -1198,27 +1184,41 @@ def build_generator(args):
             part.requires_grad_(True)
     if args.codebook_init == "sphere":
         quantizer.embedding.weight.data = F.normalize(torch.randn_like(quantizer.embedding.weight), dim=1)
-    compiled = args.gradient_checkpointing == "norms" and args.torch_compile  # the compiler chooses by itself
-    if args.gradient_checkpointing != "none" and not compiled:
-        checkpoint_activations(model, args.gradient_checkpointing)
+    if args.gradient_checkpointing:
+        checkpoint_activations(model)
     return model.train()
 
 
-def checkpoint_activations(model, what):
-    """Compute again in the backward pass, instead of keeping, the "norms" and activations around the convolutions (most
-    of the memory, little of the work) or whole "blocks" (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
+def checkpoint_activations(model):
+    """Compute norms and activations before convolutions, most of the memory and little of the work, again in the backward
+    pass instead of keeping them (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
     """
-
-    def policy(context, operation, *args, **kwargs):
-        product = operation is torch.ops.aten.convolution.default and args[1].shape[-1] > 1  # spatial norm's are 1 x 1
-        return checkpointing.CheckpointPolicy["MUST_SAVE" if product else "PREFER_RECOMPUTE"]
-
-    options = {"use_reentrant": False, "preserve_rng_state": False}
-    if what == "norms":
-        options["context_fn"] = partial(checkpointing.create_selective_checkpoint_contexts, policy)
+    spatial_norm = [model.decoder.conv_norm_out] * (
+        model.config.norm_type == "spatial"
+    )  # group norm keeps its input alone
     for part in [*model.modules()]:
-        if isinstance(part, CHECKPOINTED) or part is model.decoder.conv_norm_out:
-            part.forward = partial(checkpointing.checkpoint, part.forward, **options)
+        if not any(weight.requires_grad for weight in part.parameters()):
+            continue
+        if isinstance(part, (ResnetBlock2D, ResnetBlockCondNorm2D)):
+            part.forward = partial(residual_block, part)
+        elif isinstance(part, Upsample2D) or part in spatial_norm:
+            part.forward = partial(again, part.forward)
+
+
+def again(function, *inputs, **more):
+    """function(*inputs), in the backward pass computed again as far as the inputs of its last product. None is random."""
+    return torch.utils.checkpoint.checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **more)
+
+
+def residual_block(block, x, temb=None):
+    """The forward pass of diffusers' block in a VQModel; temb: latents for spatial norm, or None."""
+
+    def convolved(h, norm, conv):
+        return conv(block.nonlinearity(norm(h) if temb is None else norm(h, temb)))
+
+    h = again(convolved, x, block.norm1, block.conv1)
+    h = again(convolved, h, block.norm2, block.conv2)
+    return (block.conv_shortcut(x) if block.conv_shortcut else x) + h
 
 
 def build_discriminator(args):
@@ -1503,9 +1503,9 @@ def generator_step(accelerator, generator, state, perceptual, micro_batches, wei
     if state.ema:
         state.ema.step(state.generator.parameters())
     if args.codebook_restart_steps:
-        state.recent = torch.cat([state.recent, *(codes.z.detach() for codes in chosen)])[
-            -restart_pool(accelerator, state) :
-        ]
+        latents = torch.cat([state.recent, *(codes.z.detach() for codes in chosen)])
+        most = (16 << 20) // (4 * latents.shape[1])  # 16 MiB; of all processes together no more than one for each code
+        state.recent = latents[-max(1, min(state.quantizer.n_e, most) // accelerator.num_processes) :]
     indices = torch.cat([codes.indices for codes in chosen])  # index_add_, as bincount waits for the device
     counts = torch.zeros_like(state.log_counts).index_add_(0, indices, finite.long().expand(len(indices)))
     state.log_counts += counts
@@ -1558,12 +1558,6 @@ def initialise_codebook(accelerator, state, items, args):
     iterations = 10 if quantizer.n_e <= 4096 else 3
     codes = kmeans(torch.cat(latents)[: max(wanted, 1 << 16)], quantizer.n_e, iterations, quantizer.norm, sampler)
     quantizer.embedding.weight.copy_(codes)  # DDP shares the first process's
-
-
-def restart_pool(accelerator, state):
-    """Latents that a process keeps for restarts: together one for each code, at most 16 MiB."""
-    codes, dim = state.quantizer.embedding.weight.shape
-    return max(1, min(codes, (16 << 20) // (4 * dim)) // accelerator.num_processes)
 
 
 @torch.no_grad()
@@ -2362,18 +2356,13 @@ def start_accelerator(args):
         require(accelerator.mixed_precision != "fp16", "--mixed_precision fp16: needs a GPU; use bf16 or no")
         if accelerator.mixed_precision == "bf16":
             logger.warning("--mixed_precision bf16: many times slower than no on CPUs without bf16 instructions")
-        use_cpu_well()
+        if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            torch.set_num_threads(cores_per_process())  # the launcher set one thread because nobody chose
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
-
-
-def use_cpu_well():
-    """All cores where the launcher set one thread because nobody chose."""
-    if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(cores_per_process())
 
 
 def check_shared(accelerator, args):
@@ -2568,7 +2557,7 @@ def main(argv=None):
             tqdm.write(f"train_vqgan.py: error: {line}", file=sys.stderr)  # on a line of its own, bar or not
         return 2
     except torch.OutOfMemoryError:
-        advice = "lower --train_batch_size and raise --gradient_accumulation_steps, or add --gradient_checkpointing"
+        advice = "lower --train_batch_size, raise --gradient_accumulation_steps, and leave --gradient_checkpointing on"
         print(f"train_vqgan.py: error: out of GPU memory: {advice}", file=sys.stderr)
         return 2
 

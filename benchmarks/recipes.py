@@ -71,7 +71,7 @@ CODEBOOK = {
     "norm none, rotation": "--codebook_norm none --gradient_estimator rotation",
     "uniform, norm none, no restart": "--codebook_init uniform --codebook_norm none --codebook_restart_steps 0",
 }
-REPEATED = {"none", "constant"}  # with every seed, the others with the first
+REPEATED = {"none", "constant", "constant, from half way"}  # with every seed, the others with the first
 CLEAR = {"--codebook_restart_steps 0", "uniform, norm none, no restart"}  # far beyond the noise: one seed will do
 # the perceptual weight is a tenth of the default here, and so are the adversarial ones
 ADVERSARIAL = {
@@ -79,6 +79,7 @@ ADVERSARIAL = {
     "constant": "",
     "constant, no ramp": "--discriminator_warmup 0",
     "constant, from the first step": "--discriminator_start 0",
+    "constant, from half way": "--discriminator_start 0.5",
     "adaptive": "--adversarial_weight 0.8 --adaptive_weight",
     "betas (0.5, 0.9)": "--adam_beta1 0.5 --adam_beta2 0.9",
 }

@@ -225,8 +225,7 @@ def scripts(options, *variants):
 
 def beside(options):
     """This script and diffusers' example in turns, with memory."""
-    ours = ("--gradient_checkpointing none", "--gradient_checkpointing blocks", "--torch_compile")
-    kinds, rows = scripts(options, *ours), []
+    kinds, rows = scripts(options, "--no-gradient_checkpointing", "--torch_compile"), []
     for backbone in LAYERS:
         with tempfile.TemporaryDirectory() as folder:
             runs = {}
@@ -248,8 +247,7 @@ def memory(options):
         **vars(options) | {"model": REPOSITORY / "configs" / "movq_4x.json", "resolution": 128}
     )
     rows = []
-    ours = ("--gradient_checkpointing none", "--gradient_checkpointing blocks")
-    for name, (script, template, more) in scripts(changed, *ours).items():
+    for name, (script, template, more) in scripts(changed, "--no-gradient_checkpointing").items():
         with tempfile.TemporaryDirectory() as folder:
             run = Run(script, flags(template, changed, folder, flags=more))
             rows.append([f"`{name}`", f"{run.turn(2)[1] / 2**30:.2f}"])

@@ -246,7 +246,7 @@ TAKEN_ON_RESUME = [
     ["--mixed_precision", "bf16"],
     ["--allow_tf32"],
     ["--torch_compile"],
-    ["--gradient_checkpointing"],
+    ["--no-gradient_checkpointing"],
     ["--perceptual_weight", "0"],
     ["--adversarial_weight", "0.5"],
     ["--max_grad_norm", "0.1"],
@@ -433,14 +433,6 @@ def test_restart_revives_a_collapsed_codebook(train, tmp_path):
         used[steps] = lines[-1]["codebook/used"]
         assert any(line.get("codebook/restarted", 0) > 0 for line in lines) == (steps == "3")
     assert used["0"] < 0.5 < used["3"]
-
-
-def test_gradient_checkpointing_changes_nothing_trained(train, tmp_path):
-    runs = [
-        train("--gradient_checkpointing", what, "--output_dir", str(tmp_path / what))
-        for what in ("none", "norms", "blocks")
-    ]
-    assert all(equal(weights(runs[0]), weights(run)) for run in runs[1:])
 
 
 def test_tensors_lie_in_huge_pages():
