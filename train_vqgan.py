@@ -220,7 +220,7 @@ def parse_args(argv=None):
     add("--discriminator_config_name_or_path", help="discriminator config: JSON file, directory or Hub id; see configs/")
     add("--pretrained_discriminator_name_or_path", help="start from this discriminator: directory or Hub id")
     add("--train_only", choices=["decoder"], help="leave the encoder and the codebook of the pretrained model as they are: its codes keep their meaning")
-    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="compute norms and activations again in the backward pass instead of keeping them: half the memory or less")
+    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="compute norms and activations again in the backward pass instead of keeping them: less memory")
 
     add = parser.add_argument_group("objectives").add_argument
     add("--vae_loss", choices=["l1", "l2"], default="l2", help="pixel loss")
@@ -1193,15 +1193,13 @@ def checkpoint_activations(model):
     """Compute norms and activations before convolutions, most of the memory and little of the work, again in the backward
     pass instead of keeping them (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
     """
-    spatial_norm = [model.decoder.conv_norm_out] * (
-        model.config.norm_type == "spatial"
-    )  # group norm keeps its input alone
+    spatial = model.config.norm_type == "spatial"  # group norm keeps nothing but its input anyway
     for part in [*model.modules()]:
         if not any(weight.requires_grad for weight in part.parameters()):
             continue
         if isinstance(part, (ResnetBlock2D, ResnetBlockCondNorm2D)):
             part.forward = partial(residual_block, part)
-        elif isinstance(part, Upsample2D) or part in spatial_norm:
+        elif isinstance(part, Upsample2D) or (spatial and part is model.decoder.conv_norm_out):
             part.forward = partial(again, part.forward)
 
 
