@@ -522,20 +522,18 @@ class SampleStream(Dataset):
         raise LocalError(f"ten training images in a row cannot be read; the last one: {name}")
 
 
-def load_or_report(kind, i, item, load):
-    """load(item), or None with a line when the image cannot be read."""
-    try:
-        return load(item)
-    except UNREADABLE as error:
-        logger.error(f"Skipped an unreadable {kind} image: {name_of({i: item}, i)}: {first_line(error)}")
+def read_ahead(kind, numbered, load, size, threads):
+    """Lists [(number, load(number, item))] of up to `size`, without the unreadable; threads make the next meanwhile."""
 
-
-def read_ahead(numbered, load, size, threads):
-    """Lists [(number, load(number, item))] of up to `size`, without what is None; threads make the next meanwhile."""
+    def load_or_report(i, item):
+        try:
+            return i, load(i, item)
+        except UNREADABLE as error:
+            logger.error(f"Skipped an unreadable {kind} image: {name_of({i: item}, i)}: {first_line(error)}")
 
     def batches():
         while chunk := list(itertools.islice(numbered, size)):
-            yield [(i, x) for (i, _), x in zip(chunk, pool.map(load, *zip(*chunk))) if x is not None]
+            yield list(filter(None, pool.map(load_or_report, *zip(*chunk))))
 
     with ThreadPoolExecutor(max(1, threads) + 1) as pool:
         made = batches()
@@ -565,10 +563,10 @@ def remote_batches(dataset, args, start, rank, world, threads):
             require(g > 0, f"--dataset_name: {args.dataset_name} has no images in its train split")
 
     def load(g, item):
-        return load_or_report("training", g, item, lambda item: augment(item, g, args))
+        return augment(item, g, args)
 
     good, bad = [], 0
-    for batch in read_ahead(samples(), load, args.train_batch_size, threads):
+    for batch in read_ahead("training", samples(), load, args.train_batch_size, threads):
         fresh = [image for _, image in batch]
         good, bad = fresh or good, 0 if fresh else bad + 1
         if bad == 10:
@@ -585,14 +583,12 @@ def held_out_batches(items, n, args, rank, world):
     else:
         numbered = ((i, items[i]) for i in range(rank, n, world))
 
-    def square(item):
+    def square(i, item):
         with open_image(item) as image:
             return to_square(image, args.resolution)
 
-    def load(i, item):
-        return load_or_report("held-out", i, item, square)
-
-    for batch in filter(None, read_ahead(numbered, load, args.train_batch_size, cores_per_process())):
+    batches = read_ahead("held-out", numbered, square, args.train_batch_size, cores_per_process())
+    for batch in filter(None, batches):
         numbers, images = zip(*batch)
         yield numbers, torch.stack(images)
 
@@ -957,8 +953,8 @@ def lpips_heads(layers):
     path = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
     heads = torch.load(path, map_location="cpu", weights_only=True)
     taps = ["features.3", "features.8", "features.15", "features.22", "features.29"]
-    if not set(layers) <= set(taps):
-        raise UserError(f"--timm_model_layers: LPIPS's weights for vgg16 are for {', '.join(taps)} only")
+    known = set(layers) <= set(taps)
+    require(known, f"--timm_model_layers: LPIPS's weights for vgg16 are for {', '.join(taps)} only")
     return [heads[f"lin{taps.index(layer)}.model.1.weight"] for layer in layers]
 
 
@@ -1097,9 +1093,8 @@ def read_config(flag, source, network, **where):
             before = text[: error.pos + 1].rstrip("]} \t\r\n")
             if before.endswith(",") and text[len(before) :].lstrip()[:1] in ("]", "}"):
                 line, column = before.count("\n") + 1, len(before) - (before.rfind("\n") + 1)
-                raise UserError(
-                    f"--{flag}: {path}, line {line}, column {column}: trailing comma; JSON has none after the last item"
-                ) from None
+                where = f"{path}, line {line}, column {column}"
+                raise UserError(f"--{flag}: {where}: trailing comma; JSON has none after the last item") from None
             raise UserError(f"--{flag}: {path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
     else:
         logger.info(f"Contacting the Hugging Face Hub for the config of {source}")
@@ -1145,9 +1140,8 @@ def check_vqmodel_config(flag, config, resolution):
     check(config["in_channels"] == config["out_channels"] == 3, "in_channels and out_channels must be 3: RGB")
     for width in widths:
         check(width % groups == 0, f"block_out_channels: {width} is not divisible by norm_num_groups {groups}")
-        check(
-            not spatial or width % 32 == 0, f"block_out_channels: {width} is not divisible by spatial norm's 32 groups"
-        )
+        fits = not spatial or width % 32 == 0
+        check(fits, f"block_out_channels: {width} is not divisible by spatial norm's 32 groups")
     unequal = f"norm_type spatial needs latent_channels ({latent}) equal to vq_embed_dim ({dim})"
     check(not spatial or latent == dim, unequal)
     factor = 2 ** (len(widths) - 1)
@@ -1233,11 +1227,9 @@ def build_discriminator(args):
             config = read_config(flag, source, Discriminator, cache_dir=args.cache_dir) if source else {}
             discriminator = Discriminator.from_config(config)
     require(discriminator.config.in_channels == 3, f"--{flag}: in_channels must be 3: training images are RGB")
-    if args.adversarial_weight > 0 and args.resolution < discriminator.min_resolution:
-        raise UserError(
-            f"--resolution: {args.resolution} is too small for the discriminator, which needs "
-            f"{discriminator.min_resolution}; lower its depth with --{flag}"
-        )
+    least = discriminator.min_resolution if args.adversarial_weight else 0
+    small = f"--resolution: {args.resolution} is too small for the discriminator, which needs {least}"
+    require(args.resolution >= least, f"{small}; lower its depth with --{flag}")
     return discriminator.train()
 
 
@@ -1647,9 +1639,8 @@ def checkpoint_to_resume(args):
             return checkpoint
         require(latest, f"--resume_from_checkpoint: {checkpoint} is damaged: {fault}; take another one")
         logger.warning(f"{checkpoint} is damaged and left out: {fault}")
-    require(
-        not present, f"--resume_from_checkpoint: no whole checkpoint in {args.output_dir}; remove it to start afresh"
-    )
+    none = f"--resume_from_checkpoint: no whole checkpoint in {args.output_dir}"
+    require(not present, f"{none}; remove it to start afresh")
 
 
 def what_is_trained(args, generator, discriminator, items):
@@ -1702,12 +1693,8 @@ def save_checkpoint(accelerator, state, args, trained):
         progress = {"step": state.step, "samples_seen": state.samples_seen, "restart_tokens": state.restart_tokens}
         progress |= {"seed": args.seed, "tracker_run": state.tracker_run, "processes": accelerator.num_processes}
         settled = {flag: getattr(args, flag) for flag in ("discriminator_start", "discriminator_warmup")}
-        progress |= {
-            "settled": settled,
-            "versions": versions(),
-            "trained": trained,
-            "files": manifest(sorted(temporary.iterdir())),
-        }
+        progress |= {"settled": settled, "versions": versions(), "trained": trained}
+        progress["files"] = manifest(sorted(temporary.iterdir()))
         (temporary / "progress.json").write_text(json.dumps(progress, indent=2))
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
@@ -1766,11 +1753,8 @@ def load_checkpoint(accelerator, state, checkpoint, args, trained):
     progress = read_progress(checkpoint)
     for key in progress["trained"] | trained:
         was, now = progress["trained"].get(key), trained.get(key)
-        if was != now:
-            raise UserError(
-                f"--resume_from_checkpoint: {key} was {was} in {checkpoint} and is {now} now; "
-                "restore it, or start afresh in another --output_dir"
-            )
+        remedy = "restore it, or start afresh in another --output_dir"
+        require(was == now, f"--resume_from_checkpoint: {key} was {was} in {checkpoint} and is {now} now; {remedy}")
     state.generator.load_state_dict(safetensors.torch.load_file(checkpoint / "generator.safetensors"))
     state.discriminator.load_state_dict(safetensors.torch.load_file(checkpoint / "discriminator.safetensors"))
     moving = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
@@ -1804,9 +1788,7 @@ def load_checkpoint(accelerator, state, checkpoint, args, trained):
             torch.cuda.set_rng_state(own["cuda"])
     else:
         was, now = progress["processes"], accelerator.num_processes
-        logger.info(
-            f"{was} processes before, {now} now: the images go on where they were, the arithmetic differs in order"
-        )
+        logger.info(f"{was} processes before, {now} now: the images go on where they were, sums differ in order")
     logger.info(f"Resumed from {checkpoint}: step {state.step}, {state.samples_seen} images seen")
 
 
@@ -1862,10 +1844,8 @@ def export(accelerator, state, items, args, output):
         model = plain_vqmodel(state.generator, scaling_factor=factor)
     model.save_pretrained(output / "vqmodel")
     state.discriminator.save_pretrained(output / "discriminator")
-    processor = VaeImageProcessor(
-        vae_scale_factor=2 ** (len(model.config.block_out_channels) - 1), do_normalize=args.pixel_range == "signed"
-    )
-    processor.save_config(output / "image_processor")
+    factor, signed = 2 ** (len(model.config.block_out_channels) - 1), args.pixel_range == "signed"
+    VaeImageProcessor(vae_scale_factor=factor, do_normalize=signed).save_config(output / "image_processor")
     (output / "README.md").write_text(model_card(state, model, args))
     logger.info(f"Exported {output / 'vqmodel'}; scaling_factor {model.config.scaling_factor}")
 
@@ -1918,9 +1898,8 @@ def create_repository(args):
 def upload(args, repository):
     ignored = ["bad-step-*", "checkpoint-*", "unfinished-*", "wandb/*", f"{args.logging_dir}/*"]
     with explained(f"--push_to_hub: {repository} was not uploaded", f"; the result is in {args.output_dir}"):
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored
-        )
+        api = HfApi(token=args.hub_token)
+        api.upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
     logger.info(f"Uploaded to {repository}")
 
 
@@ -2334,9 +2313,7 @@ def start_accelerator(args):
         logger.addHandler(TqdmHandler())
     logging.getLogger("timm").setLevel(logging.ERROR)
     trackers = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, args.report_to)
-    project = ProjectConfiguration(
-        project_dir=args.output_dir, logging_dir=str(Path(args.output_dir) / args.logging_dir)
-    )
+    project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         chosen = os.environ.get(f"ACCELERATE_USE_{name}", "false") not in ("false", "0", "")
         require(not chosen, f"accelerate config: {name} is not supported; use plain multi-GPU")
@@ -2346,10 +2323,9 @@ def start_accelerator(args):
         mixed_precision=args.mixed_precision, log_with=trackers, project_config=project, kwargs_handlers=[ddp, patient]
     )
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise UserError(
-            f"accelerate config: {accelerator.distributed_type.value} is not supported; use plain multi-GPU"
-        )
+    kind = accelerator.distributed_type
+    plain = kind in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    require(plain, f"accelerate config: {kind.value} is not supported; use plain multi-GPU")
     if accelerator.device.type == "cpu":
         require(accelerator.mixed_precision != "fp16", "--mixed_precision fp16: needs a GPU; use bf16 or no")
         if accelerator.mixed_precision == "bf16":
@@ -2494,9 +2470,8 @@ def train_steps(accelerator, generator, discriminator, state, perceptual, items,
             micro_batches = [next(batches) for _ in range(args.gradient_accumulation_steps)]
         micro_batches = [to_signed(x, accelerator.device) for x in micro_batches]
         set_learning_rate(state.optimizers["generator"], args.learning_rate * schedule(state.step))
-        set_learning_rate(
-            state.optimizers["discriminator"], args.discr_learning_rate * discr_schedule(max(0, state.step - start))
-        )
+        discr_rate = args.discr_learning_rate * discr_schedule(max(0, state.step - start))
+        set_learning_rate(state.optimizers["discriminator"], discr_rate)
         weight = adversarial_weight(state.step, args)
         kept = generator_step(accelerator, generator, state, perceptual, micro_batches, weight, args)
         if weight > 0:
