@@ -302,10 +302,11 @@ def plot(options):
     runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     runs = [run for run in runs if run["suite"] == "adversarial"]
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    for number, variant in enumerate(ADVERSARIAL):
+    for number, variant in enumerate(sorted(REPEATED, key=list(ADVERSARIAL).index)):
         for i, run in enumerate(run for run in runs if run["variant"] == variant):
             axis.plot(*zip(*run["psnr"]), color=f"C{number}", label=None if i else variant, linewidth=1.2)
-    axis.axvline(runs[0]["steps"] // 10, color="grey", linestyle=":", label="start of the discriminator")
+            if run["last"]["shares"]:
+                axis.axvline(run["last"]["shares"][0][0] - 30, color=f"C{number}", linestyle=":")
     axis.set(xlabel="step", ylabel="held-out PSNR, dB")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
