@@ -1844,8 +1844,8 @@ def export(accelerator, state, items, args, output):
         model = plain_vqmodel(state.generator, scaling_factor=factor)
     model.save_pretrained(output / "vqmodel")
     state.discriminator.save_pretrained(output / "discriminator")
-    factor, signed = 2 ** (len(model.config.block_out_channels) - 1), args.pixel_range == "signed"
-    VaeImageProcessor(vae_scale_factor=factor, do_normalize=signed).save_config(output / "image_processor")
+    side, signed = 2 ** (len(model.config.block_out_channels) - 1), args.pixel_range == "signed"
+    VaeImageProcessor(vae_scale_factor=side, do_normalize=signed).save_config(output / "image_processor")
     (output / "README.md").write_text(model_card(state, model, args))
     logger.info(f"Exported {output / 'vqmodel'}; scaling_factor {model.config.scaling_factor}")
 

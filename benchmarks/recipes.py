@@ -306,7 +306,7 @@ def plot(options):
         for i, run in enumerate(run for run in runs if run["variant"] == variant):
             axis.plot(*zip(*run["psnr"]), color=f"C{number}", label=None if i else variant, linewidth=1.2)
             if run["last"]["shares"]:
-                axis.axvline(run["last"]["shares"][0][0] - 30, color=f"C{number}", linestyle=":")
+                axis.axvline(run["last"]["shares"][0][0] - run["steps"] // 50, color=f"C{number}", linestyle=":")
     axis.set(xlabel="step", ylabel="held-out PSNR, dB")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
