@@ -854,7 +854,8 @@ class TimmModel(nn.Module):
 
     def __init__(self, backbone, size):
         super().__init__()
-        self.backbone, self.size = backbone.requires_grad_(False), size
+        backbone = backbone.requires_grad_(False).to(memory_format=torch.channels_last)  # vgg19: 5 % of a CPU step
+        self.backbone, self.size = backbone, size
         config = backbone.pretrained_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
@@ -1296,9 +1297,7 @@ class TrainingState:
         self.log_counts = torch.zeros(codes, dtype=torch.long, device=device)  # since the last log, this process
         self.restart_counts = torch.zeros(codes, dtype=torch.long, device=device)  # since the last restart
         self.restart_tokens = 0  # tokens counted there, all processes
-        self.recent = torch.empty(
-            0, self.quantizer.vq_embed_dim, device=device
-        )  # latents of this process, for restarts
+        self.recent = torch.empty(0, self.quantizer.vq_embed_dim, device=device)  # latents here, for restarts
 
     def start_ema(self, decay):
         self.ema = EMAModel(self.generator.parameters(), decay=decay, foreach=True)

@@ -1,11 +1,13 @@
 """Whole runs in process: cadences, odd sizes, validation, export, resume, and that every flag does something."""
 
+import importlib.machinery
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +281,24 @@ def test_resume_refuses_what_changes_the_training(train, flags, change, capsys, 
     named = {"--model_config_name_or_path": "model config layers_per_block", "--streaming": "--dataset_name"}
     named |= {"--discriminator_config_name_or_path": "discriminator config hidden_channels"}
     assert len(line) == 1 and f"--resume_from_checkpoint: {named.get(change[0], change[0])}" in line[0]
+
+
+@pytest.mark.parametrize("change", ["--train_only=decoder", "--use_8bit_adam"])
+def test_resume_refuses_other_weights_to_train_and_another_optimiser(
+    train, flags, change, capsys, tmp_path, monkeypatch
+):
+    """Red for each flag that what_is_trained leaves out."""
+    pretrained = train("--output_dir", str(tmp_path / "pretrained"))
+    flags = without(flags, "--model_config_name_or_path") + ["--pretrained_model_name_or_path", str(pretrained)]
+    assert train_vqgan.main(flags) == 0
+    stand_in = types.ModuleType("bitsandbytes")  # where it is installed, diffusers imports it at every start
+    stand_in.__spec__, stand_in.optim = importlib.machinery.ModuleSpec("bitsandbytes", None), types.SimpleNamespace()
+    stand_in.optim.AdamW8bit = torch.optim.AdamW
+    monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
+    capsys.readouterr()
+    assert train_vqgan.main([*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", "3", change]) == 2
+    line = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(line) == 1 and f"--resume_from_checkpoint: {change.split('=')[0]} was " in line[0]
 
 
 @pytest.mark.parametrize("change", TAKEN_ON_RESUME, ids=lambda change: change[0])
