@@ -343,8 +343,8 @@ def check_args(args):
     require(pretrained or args.codebook_init != "keep", "--codebook_init keep: needs --pretrained_model_name_or_path")
     if args.train_only:
         require(pretrained, "--train_only: needs --pretrained_model_name_or_path")
-        kept = args.codebook_init == "keep" and not args.codebook_restart_steps
-        require(kept, "--train_only: the codebook stays as it is; leave out --codebook_init and --codebook_restart_steps")
+        kept = args.codebook_init == "keep" and args.codebook_norm == "none" and not args.codebook_restart_steps
+        require(kept, "--train_only: the codebook stays as it is; leave out --codebook_init, --codebook_norm and --codebook_restart_steps")
     if args.eval_only:  # nothing is written there
         return
     with explained(f"--output_dir: cannot write to {output}"):
@@ -674,14 +674,9 @@ def open_split(args, split):
             raise
 
 
-def sample_numbers(start, batch_size, rank, world):
-    """Batches of global sample numbers for one process: every world-th from `start`, for ever."""
-    for first in itertools.count(start + rank, batch_size * world):
-        yield list(range(first, first + batch_size * world, world))
-
-
 def training_batches(items, args, start, accelerator):
-    """Endless uint8 micro-batches [train_batch_size, 3, resolution, resolution] of this process, from sample `start`.
+    """Endless uint8 micro-batches [train_batch_size, 3, resolution, resolution] of this process: every world-th sample
+    from `start`.
 
     Data workers that die, killed for memory perhaps, are replaced: the position says all.
     """
@@ -692,8 +687,8 @@ def training_batches(items, args, start, accelerator):
     stream, deaths, died_at = SampleStream(items, args), 0, start
     while True:
         handler = signal.getsignal(signal.SIGCHLD)
-        options = {"num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
-        batches = iter(DataLoader(stream, batch_sampler=sample_numbers(start, size, rank, world), **options))
+        options = {"batch_size": size, "num_workers": workers, "pin_memory": accelerator.device.type == "cuda"}
+        batches = iter(DataLoader(stream, sampler=itertools.count(start + rank, world), **options))
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)  # torch's raises anywhere, while saving too
         try:
             for batch in batches:
@@ -1286,6 +1281,7 @@ class TrainingState:
         self.step = 0  # pairs of updates taken
         self.samples_seen = 0  # position in the sample stream, over all processes
         self.samples_logged = 0  # where the last log stood
+        self.settled = {}  # flags that were fractions of the run, see settle_flags
         self.tracker_run = uuid.uuid4().hex[:8]
         self.averages = Averages()
         self.lecam_anchors = torch.zeros(2, device=device)  # moving averages of the mean logits, real and fake
@@ -1691,8 +1687,7 @@ def save_checkpoint(accelerator, state, args, trained):
     def finish():
         progress = {"step": state.step, "samples_seen": state.samples_seen, "restart_tokens": state.restart_tokens}
         progress |= {"seed": args.seed, "tracker_run": state.tracker_run, "processes": accelerator.num_processes}
-        settled = {flag: getattr(args, flag) for flag in ("discriminator_start", "discriminator_warmup")}
-        progress |= {"settled": settled, "versions": versions(), "trained": trained}
+        progress |= {"settled": state.settled, "versions": versions(), "trained": trained}
         progress["files"] = manifest(sorted(temporary.iterdir()))
         (temporary / "progress.json").write_text(json.dumps(progress, indent=2))
         for path in [*temporary.iterdir(), temporary]:
@@ -1837,7 +1832,7 @@ def export(accelerator, state, items, args, output):
         batches = training_batches(items, args, 0, accelerator)
         for _ in range(max(1, min(256, 0 if args.streaming else len(items)) // args.train_batch_size)):
             x = to_signed(next(batches), accelerator.device)
-            latents.append(state.generator.encode(to_model(x, args)).latents.double())
+            latents.append(state.generator.encode(to_model(x, args)).latents.cpu().double())
         deviation = torch.cat(latents).std(correction=0).clamp(min=1e-6).item()
         factor = state.generator.config.scaling_factor if args.train_only else round(1 / deviation, 5)
         model = plain_vqmodel(state.generator, scaling_factor=factor)
@@ -1957,6 +1952,7 @@ class Evaluation:
         for network in [*self.distances.values(), *self.frechet.values()]:
             network.to(accelerator.device)
         for name, metric in self.frechet.items():
+            metric.orig_dtype = torch.get_default_dtype()  # left unset where a process has no image
             features = len(metric.real_features_sum)
             if self.n and self.n < 2 * features:
                 logger.warning(f"val/{name}: {self.n} images are few for {features} features; compare at equal N only")
@@ -2003,7 +1999,7 @@ class Evaluation:
             scores = self.score(images.to(accelerator.device), rounded)
             scores["quantization_error"] = (codes.z - codes.e).square().mean()
             for name, score in scores.items():
-                sums[name] = sums.get(name, 0) + score.double().item() * len(images)
+                sums[name] = sums.get(name, 0) + score.item() * len(images)
             counts += torch.bincount(codes.indices.cpu(), minlength=len(counts))
             n += len(images)
         everyone = gather_object([(sums, counts, n)])
@@ -2263,7 +2259,11 @@ def read_metrics(args):
 
 
 def cut_metrics(args, step):
-    """(main process) Drop the lines of metrics.jsonl beyond `step`: the steps after it are taken again."""
+    """(main process) Drop the lines of metrics.jsonl and a best export beyond `step`: its steps are taken again."""
+    for folder in (Path(args.output_dir) / "best", Path(args.output_dir) / "best-before"):
+        with suppress(OSError, ValueError, KeyError):
+            if json.loads((folder / "best.json").read_text())["step"] > step:
+                shutil.rmtree(folder)
     path = Path(args.output_dir) / "metrics.jsonl"
     new = path.with_suffix(".new")
     new.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(args) if line["step"] <= step))
@@ -2316,6 +2316,8 @@ def start_accelerator(args):
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         chosen = os.environ.get(f"ACCELERATE_USE_{name}", "false") not in ("false", "0", "")
         require(not chosen, f"accelerate config: {name} is not supported; use plain multi-GPU")
+    compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+    require(not compiled, "accelerate config: torch dynamo is not supported there; choose no, and use --torch_compile")
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # others wait while one downloads, saves or uploads
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
@@ -2373,18 +2375,22 @@ def settle_flags(accelerator, items, args, checkpoint=None):
     """Fill in what depends on the data and the processes: steps, schedules, learning rates.
 
     A start of the discriminator that was a fraction of the run stays where it was when the run is resumed and prolonged.
+    Returns what was asked for, and what came of it.
     """
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.max_train_steps is None:
         args.max_train_steps = math.ceil(len(items) * args.num_train_epochs / batch)
-    before = (read_progress(checkpoint) or {}).get("settled", {})
+    before, settled = (read_progress(checkpoint) or {}).get("settled", {}), {}
     for flag in ("discriminator_start", "discriminator_warmup"):
-        value = getattr(args, flag)
+        asked = value = getattr(args, flag)
         if not isinstance(value, int):
             value = min(args.max_train_steps // 10, 20000) if value is None else round(value * args.max_train_steps)
-            setattr(args, flag, before.get(flag, value))
+            value = before[flag]["steps"] if flag in before and before[flag]["asked"] == asked else value
+        setattr(args, flag, value)
+        settled[flag] = {"asked": asked, "steps": value}
     if args.scale_lr:
         args.learning_rate, args.discr_learning_rate = args.learning_rate * batch, args.discr_learning_rate * batch
+    return settled
 
 
 def train(args):
@@ -2403,11 +2409,12 @@ def train(args):
     if accelerator.is_main_process and not args.streaming:
         SampleStream(items, args)[0]  # data that cannot be read shows before anything is written
     evaluation = Evaluation(accelerator, held_out, perceptual, args) if held_out is not None else None
-    settle_flags(accelerator, items, args, checkpoint)
+    settled = settle_flags(accelerator, items, args, checkpoint)
     trained = what_is_trained(args, generator, discriminator, items)
     repository = create_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     state = TrainingState(generator, discriminator, args, accelerator.device)
+    state.settled = settled
     if checkpoint:
         load_checkpoint(accelerator, state, checkpoint, args, trained)
     else:

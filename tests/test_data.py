@@ -21,7 +21,7 @@ from conftest import REPOSITORY, metrics
 from diffusers.image_processor import VaeImageProcessor
 
 import train_vqgan
-from train_vqgan import UserError, permute, sample_numbers, to_rgb, to_signed, to_square, to_uint8
+from train_vqgan import UserError, permute, to_rgb, to_signed, to_square, to_uint8
 
 
 def options(**changes):
@@ -123,14 +123,18 @@ def test_any_position_of_a_large_stream_costs_nothing():
 
 @pytest.mark.parametrize("start", [0, 1, 12, 1003])
 @pytest.mark.parametrize("world, batch_size, accumulation", [(1, 12, 1), (2, 6, 1), (3, 4, 1), (4, 3, 1), (2, 3, 2)])
-def test_processes_share_every_step(start, world, batch_size, accumulation):
+def test_processes_share_every_step(monkeypatch, start, world, batch_size, accumulation):
     """A step sees the same samples however many processes share it. Red when ranks overlap or leave gaps.
 
-    For example `start + rank * batch_size` with steps of `batch_size`, or a range without its `world` stride.
+    For example `start + rank * batch_size` in place of `start + rank`, or a count without its `world` stride.
     """
-    streams = [sample_numbers(start, batch_size, rank, world) for rank in range(world)]
+    monkeypatch.setattr(
+        train_vqgan, "SampleStream", lambda *ignored: type("Numbers", (), {"__getitem__": lambda _, g: g})()
+    )
+    args = options(train_batch_size=batch_size)
+    streams = [train_vqgan.training_batches([], args, start, process(rank, world)) for rank in range(world)]
     for step in range(5):
-        seen = [next(stream) for stream in streams for _ in range(accumulation)]
+        seen = [next(stream).tolist() for stream in streams for _ in range(accumulation)]
         assert {len(batch) for batch in seen} == {batch_size}
         first = start + 12 * step
         assert sorted(itertools.chain(*seen)) == list(range(first, first + 12))

@@ -298,6 +298,9 @@ def test_any_number_of_processes_gives_the_same_numbers(
         assert other["val/psnr"] == pytest.approx(found[0]["val/psnr"], abs=psnr)
         assert np.abs(np.subtract(theirs, counts[0])).sum() <= tolerance * sum(counts[0])
         assert other == pytest.approx(found[0], rel=tolerance)
+    few = launch([tmp_path / "script.py", *flags, "--num_validation_samples", "2"], 3, DTYPE=dtype)  # one has none
+    assert few.returncode == 0 and few.stderr.count("world 3") == 3, few.stderr[-3000:]
+    assert "val/frechet_test_convnext_n2" in json.loads(few.stdout.splitlines()[-1])
 
 
 MEMORY = """
@@ -459,6 +462,20 @@ def test_best_export_is_kept(train, evaluate, photos, tmp_path):
     found = evaluate(run / "best", "--train_data_dir", photos, *FRACTION)
     assert found["val/psnr"] == max(values)
     assert not list(run.glob("unfinished-*"))
+
+
+def test_best_export_of_steps_that_are_taken_again_is_dropped(train, tmp_path):
+    """Back to step 2 with a learning rate that ruins the model. Red when the better, abandoned export stays."""
+    more = [*FRACTION, "--validation_steps", "2", "--save_best", "psnr", "--lr_warmup_steps", "0"]
+    run = train(*more, "--max_train_steps", "8", "--learning_rate", "3e-3", "--checkpointing_steps", "2")
+    best = json.loads((run / "best" / "best.json").read_text())
+    assert best["step"] > 2, "nothing better came later"
+    for checkpoint in train_vqgan.checkpoints(run)[1:]:
+        train_vqgan.shutil.rmtree(checkpoint)
+    train(*more, "--max_train_steps", "4", "--learning_rate", "1", "--resume_from_checkpoint", "latest")
+    (value,) = {line["val/psnr_n2"] for line in metrics(run) if line["step"] == 4 and "protocol" in line}
+    again = json.loads((run / "best" / "best.json").read_text())
+    assert again["step"] == 4 and again["val/psnr_n2"] == value < best["val/psnr_n2"]
 
 
 def test_pictures_and_histogram(train, photos):

@@ -441,6 +441,12 @@ def test_untested_launch_modes_are_refused(error, monkeypatch, name):
     assert name in error()
 
 
+def test_dynamo_of_accelerate_config_is_refused(error, monkeypatch):
+    """It would compile the whole generator, which does not trace. Red when nothing reads the launcher's choice."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert "accelerate config: torch dynamo" in error() and "--torch_compile" in error()
+
+
 def test_fp16_on_a_cpu_is_refused(error):
     assert "--mixed_precision" in error("--mixed_precision", "fp16")
 

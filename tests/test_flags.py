@@ -280,6 +280,15 @@ def test_what_cannot_work_is_refused(refused, tmp_path, flags, words):
     assert all(word in message for word in words) and "hf_secret" not in message
 
 
+@pytest.mark.parametrize("flag", ["--codebook_init=sphere", "--codebook_norm=l2", "--codebook_restart_steps=9"])
+def test_codebook_stays_while_the_decoder_alone_is_trained(parse, refused, tmp_path, flag):
+    """Red when the flag is left out of the check: codes would not mean what they did."""
+    start = ["--pretrained_model_name_or_path", str(tmp_path), "--train_only", "decoder"]
+    parse(*start)
+    message = refused(*start, flag)
+    assert "--train_only" in message and flag.split("=")[0] in message
+
+
 def test_8bit_adam_without_bitsandbytes(refused, monkeypatch):
     """Red when the check is left out of `check_args`."""
     find = train_vqgan.importlib.util.find_spec

@@ -556,6 +556,14 @@ def test_prolonged_run_keeps_the_start_of_its_discriminator(train):
     assert [line["step"] for line in metrics(run) if "disc/loss" in line] == list(range(7, 21))
 
 
+def test_another_start_of_the_discriminator_counts_when_resumed(train):
+    """As a fraction, too. Red when what was settled before wins over a flag that was changed."""
+    more = ["--discriminator_warmup", "0", "--log_steps", "1", "--max_train_steps"]
+    run = train(*more, "4", "--discriminator_start", "0.75")
+    train(*more, "12", "--discriminator_start", "0.5", "--resume_from_checkpoint", "latest")
+    assert [line["step"] for line in metrics(run) if "disc/loss" in line] == [4, *range(7, 13)]
+
+
 def test_pretrained_start_keeps_the_model(train, flags, tmp_path, validation):
     """At learning rate 0 a pretrained model comes out as it went in, codes untouched; without it, not."""
     first = train("--codebook_norm", "l2", "--max_train_steps", "2")
