@@ -48,6 +48,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors in huge pages: a tenth of a CPU step went into page faults
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "3000"
+)  # threads that wait let go: on a busy CPU a step took five times as long
 
 import accelerate
 import datasets
@@ -963,6 +966,7 @@ def check_timm_model(flag, name):
 def load_backbone(flag, name, weights, cache_dir, **options):
     """A timm model with weights from the Hub, a file or an installed package, or random ones."""
     hint = "; name a local file, an installed package that ships them, or random"
+    hint += "; --perceptual_weight 0 does without" * (flag == "timm_model_weights")
     with explained(f"--{flag}: no weights of {name} from '{weights}'", hint):
         if weights == "random":
             return timm.create_model(name, pretrained=False, **options)
@@ -1839,7 +1843,9 @@ def export(accelerator, state, items, args, output):
     model.save_pretrained(output / "vqmodel")
     state.discriminator.save_pretrained(output / "discriminator")
     side, signed = 2 ** (len(model.config.block_out_channels) - 1), args.pixel_range == "signed"
-    VaeImageProcessor(vae_scale_factor=side, do_normalize=signed).save_config(output / "image_processor")
+    VaeImageProcessor(vae_scale_factor=side, do_normalize=signed, do_convert_rgb=True).save_config(
+        output / "image_processor"
+    )
     (output / "README.md").write_text(model_card(state, model, args))
     logger.info(f"Exported {output / 'vqmodel'}; scaling_factor {model.config.scaling_factor}")
 
@@ -2004,7 +2010,8 @@ class Evaluation:
             n += len(images)
         everyone = gather_object([(sums, counts, n)])
         counts, n = sum(counts for _, counts, _ in everyone), sum(n for _, _, n in everyone)
-        require(n, "--validation_split, --validation_data_dir: none of the held-out images can be read")
+        if not n:
+            return {}, counts
         names = next(sums for sums, _, n in everyone if n)
         metrics = {name: sum(sums.get(name, 0) for sums, _, _ in everyone) / n for name in names}
         metrics |= codebook_use(counts)
@@ -2075,6 +2082,8 @@ def validate(accelerator, state, evaluation, images, items, args):
     with as_exported(state):
         if evaluation:
             metrics, counts = evaluation(state.generator)
+            if not metrics:
+                logger.warning("None of the held-out images can be read: nothing was measured")
             extra["protocol"] = evaluation.protocol("EMA" if state.ema else "generator")
             show_code_use(accelerator, counts, state.step)
     if images is not None and accelerator.is_main_process:
@@ -2162,6 +2171,7 @@ def evaluate_only(args):
     evaluation = Evaluation(accelerator, held_out, perceptual, args)
     logger.info(f"Evaluating {args.pretrained_model_name_or_path} at {args.resolution} pixels")
     metrics, _ = evaluation(generator)
+    require(metrics, "--eval_only: none of the held-out images can be read; name others with --validation_data_dir")
     if accelerator.is_main_process:
         print(json.dumps(metrics | {"protocol": evaluation.protocol(args.pretrained_model_name_or_path)}), flush=True)
     accelerator.wait_for_everyone()

@@ -450,6 +450,22 @@ def test_unreadable_held_out_image_is_not_counted(evaluate, trained, hundred_and
 # ---- Pictures and the best export ----------------------------------------------------------------------------------
 
 
+def test_held_out_images_that_cannot_be_read_do_not_end_a_run(train, flags, tmp_path, caplog, capsys):
+    """A warning and no numbers, yet a checkpoint and an export; alone they are an error. Red when validation raises."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "0.png").write_bytes(b"no image")
+    given = ["--validation_data_dir", str(tmp_path / "broken")]
+    flags_without = without(flags, "--validation_fraction")
+    assert train_vqgan.main([*flags_without, *given, "--validation_steps", "1"]) == 0
+    run = tmp_path / "run"
+    assert caplog.text.count("None of the held-out images can be read") == 2
+    assert (run / "checkpoint-2").is_dir() and (run / "vqmodel").is_dir()
+    capsys.readouterr()
+    alone = ["--eval_only", "--pretrained_model_name_or_path", str(run)]
+    assert train_vqgan.main([*without(flags_without, "--model_config_name_or_path"), *given, *alone]) == 2
+    assert "--eval_only: none of the held-out images can be read" in capsys.readouterr().err
+
+
 def test_best_export_is_kept(train, evaluate, photos, tmp_path):
     """Through a learning rate that ruins the model, and a resume. Red when the last export is kept."""
     more = [*FRACTION, "--validation_steps", "2", "--save_best", "psnr", "--lr_warmup_steps", "0"]

@@ -630,3 +630,12 @@ def test_bundled_photographs_are_the_default(flags):
     args = train_vqgan.parse_args(without(flags, "--train_data_dir"))
     items = train_vqgan.load_data(args)[0]
     assert len(items) > 200 and all(path.parent == REPOSITORY / "images" / "train" for path in items)
+
+
+def test_waiting_threads_let_go():
+    """Asked for before torch starts its threads, and only where the user did not choose. Red when nothing asks."""
+    code = "import os, train_vqgan; print(os.environ['GOMP_SPINCOUNT'])"
+    clean = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    for asked, expected in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        command = [sys.executable, "-c", code]
+        assert subprocess.check_output(command, text=True, cwd=REPOSITORY, env=clean | asked).strip() == expected
