@@ -48,9 +48,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # tensors in huge pages: a tenth of a CPU step went into page faults
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "3000"
-)  # threads that wait let go: on a busy CPU a step took five times as long
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # waiting threads let go of a CPU that others use, too
 
 import accelerate
 import datasets
@@ -1843,9 +1841,8 @@ def export(accelerator, state, items, args, output):
     model.save_pretrained(output / "vqmodel")
     state.discriminator.save_pretrained(output / "discriminator")
     side, signed = 2 ** (len(model.config.block_out_channels) - 1), args.pixel_range == "signed"
-    VaeImageProcessor(vae_scale_factor=side, do_normalize=signed, do_convert_rgb=True).save_config(
-        output / "image_processor"
-    )
+    processor = VaeImageProcessor(vae_scale_factor=side, do_normalize=signed, do_convert_rgb=True)
+    processor.save_config(output / "image_processor")
     (output / "README.md").write_text(model_card(state, model, args))
     logger.info(f"Exported {output / 'vqmodel'}; scaling_factor {model.config.scaling_factor}")
 
@@ -2082,10 +2079,11 @@ def validate(accelerator, state, evaluation, images, items, args):
     with as_exported(state):
         if evaluation:
             metrics, counts = evaluation(state.generator)
-            if not metrics:
+            if metrics:
+                extra["protocol"] = evaluation.protocol("EMA" if state.ema else "generator")
+                show_code_use(accelerator, counts, state.step)
+            else:
                 logger.warning("None of the held-out images can be read: nothing was measured")
-            extra["protocol"] = evaluation.protocol("EMA" if state.ema else "generator")
-            show_code_use(accelerator, counts, state.step)
     if images is not None and accelerator.is_main_process:
         metrics |= show_images(accelerator, state, images, args)
     if metrics:

@@ -639,3 +639,11 @@ def test_waiting_threads_let_go():
     for asked, expected in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
         command = [sys.executable, "-c", code]
         assert subprocess.check_output(command, text=True, cwd=REPOSITORY, env=clean | asked).strip() == expected
+
+
+def test_exported_image_processor_takes_any_mode(train):
+    """Greyscale and transparent pictures become three channels. Red without do_convert_rgb."""
+    folder = train() / "image_processor"
+    processor = train_vqgan.VaeImageProcessor.from_config(train_vqgan.VaeImageProcessor.load_config(folder))
+    for mode in ("L", "RGBA"):
+        assert processor.preprocess(PIL.Image.new(mode, (16, 16))).shape == (1, 3, 16, 16)
