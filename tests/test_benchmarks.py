@@ -7,6 +7,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 from conftest import REPOSITORY, without
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
@@ -45,33 +46,56 @@ def test_flags_of_the_throughput_benchmark_are_flags(tmp_path):
     args = train_vqgan.parse_args(words)
     assert args.use_ema and args.discriminator_start == 0
     assert json.loads((folder / "model.json").read_text())["num_vq_embeddings"] == 2048
-    found = len(train_vqgan.list_images("train_data_dir", args.train_data_dir))
+    found = len(train_vqgan.list_images("--train_data_dir", args.train_data_dir))
     assert found >= 4000 and found % 12 == 0
 
 
-def test_tables_have_their_places():
+def test_every_part_of_a_step_runs(flags):
+    """Red when what the benchmark takes from the script is gone, or a part leaves gradients for the next."""
+    args = train_vqgan.parse_args([*flags, "--use_ema"])
+    run = train_vqgan.Run(args, train_vqgan.start_accelerator(args))
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    for name, call in throughput.parts_of_a_step(run, x).items():
+        call()
+        learned = [p.grad for p in run.state.discriminator.parameters() if p.grad is not None]
+        assert not learned, name
+    assert run.state.step == 2
+
+
+def test_every_way_to_decode_runs(tmp_path):
+    PIL.Image.new("RGB", (96, 80), (200, 0, 0)).save(tmp_path / "a.jpg")
+    speeds = throughput.decoding([tmp_path / "a.jpg"], 32)
+    assert len(speeds) == 3 and all(speed > 0 for found in speeds.values() for speed in found)
+
+
+def test_tables_have_their_places(tmp_path, monkeypatch):
+    """On a GPU they are made at the end of the page. Red when a second table is put beside the first one there."""
     page = (REPOSITORY / "benchmarks" / "README.md").read_text()
-    for part in set(throughput.PARTS) - {"largest"}:
-        assert f"<!-- {part} -->" in page and f"<!-- {part}, GPU -->" in page
-    for suite in ("codebook", "large", "adversarial", "upstream"):
-        assert f"<!-- {suite} -->" in page
+    for table in (set(throughput.PARTS) - {"largest"}) | {"codebook", "large", "adversarial", "upstream"}:
+        assert f"<!-- {table} -->" in page
+    monkeypatch.setattr(throughput, "HERE", tmp_path)
+    (tmp_path / "README.md").write_text(page)
+    for text in ("| first |", "| second |"):
+        throughput.place("parts, GPU", text)
+    after = (tmp_path / "README.md").read_text()
+    assert after.startswith(page) and "first" not in after.removeprefix(page) and after.count("| second |") == 1
 
 
 @pytest.mark.slow
 def test_a_turn_is_a_number_of_steps(flags):
     """Steps are logged as they are taken; red when the discriminator's backward pass counts as a step of its own."""
     more = [*without(flags, "--max_train_steps"), "--max_train_steps", "100", "--log_steps", "1"]
-    run = throughput.Run(REPOSITORY / "train_vqgan.py", [*more, "--discriminator_start", "0"])
+    training = throughput.Training(REPOSITORY / "train_vqgan.py", [*more, "--discriminator_start", "0"])
     log, taken = Path(flags[-1]) / "metrics.jsonl", []
     for steps in (1, 3, 5):
-        seconds, memory = run.turn(steps)
+        seconds, memory = training.turn(steps)
         assert seconds > 0 and memory > 100 << 20
         taken.append(len(log.read_text().splitlines()))
-    run.end()
+    training.end()
     assert taken == [1, 4, 9]
 
 
 @pytest.mark.slow
 def test_a_run_that_ends_says_why(flags):
     with pytest.raises(throughput.Ended, match="no such folder"):
-        throughput.Run(REPOSITORY / "train_vqgan.py", [*flags, "--train_data_dir", "/nowhere"])
+        throughput.Training(REPOSITORY / "train_vqgan.py", [*flags, "--train_data_dir", "/nowhere"])

@@ -1,13 +1,10 @@
-"""Flags: what is refused and with which words, recipes, defaults, and what is settled from data and processes."""
-
-import math
-from types import SimpleNamespace
+"""Flags: what is refused and with which words, what needs or excludes another, and defaults."""
 
 import pytest
 import torch
-from conftest import REPOSITORY, metrics
 
 import train_vqgan
+from train_vqgan import EXCLUDES, NEEDS
 
 
 @pytest.fixture
@@ -47,6 +44,7 @@ def refused(parse, capsys):
         (["--timm_model_offset", "0"], "--timm_model_layers"),
         (["--enable_xformers_memory_efficient_attention"], "leave it out"),
         (["--log_grad_norm_steps", "500"], "--log_steps"),
+        (["--early_images"], "--validation_steps"),
     ],
 )
 def test_removed_flag_says_what_to_use(refused, flags, advice):
@@ -84,11 +82,6 @@ def test_every_other_upstream_flag_is_known(parse, photos):
     assert args.max_train_samples == 5 and args.image_column == "img" and len(args.validation_images) == 2
 
 
-def test_upstream_layer_head_is_refused(refused):
-    message = refused("--timm_model_layers", "head")
-    assert message.startswith("--timm_model_layers") and "leave it out" in message
-
-
 @pytest.mark.parametrize("flags", [["--resol", "64"], ["--max_train_step", "4"], ["--no_such_flag", "1"], ["stray"]])
 def test_unknown_and_abbreviated_flags(refused, flags):
     """Red when allow_abbrev is True."""
@@ -115,11 +108,7 @@ WEIGHTS += ["learning_rate", "discr_learning_rate", "adam_weight_decay", "max_gr
     + [("adam_epsilon", bad) for bad in ("0", "-1", "nan")]
     + [("ema_decay", bad) for bad in ("1.5", "-0.1", "nan")]
     + [(flag, bad) for flag in ("adam_beta1", "adam_beta2") for bad in ("2", "1", "-0.1", "nan")]
-    + [
-        (f, bad)
-        for f in ("discriminator_start", "discriminator_warmup")
-        for bad in ("1.5", "-3", "-0.1", "nan", "soon")
-    ]
+    + [(f"discriminator_{when}", bad) for when in ("start", "warmup") for bad in ("1.5", "-3", "-0.1", "nan", "soon")]
     + [("seed", str(2**32)), ("seed", str(10**30))],
 )
 def test_value_out_of_range(refused, flag, bad):
@@ -160,84 +149,11 @@ def test_unknown_choice_lists_the_choices(refused, flag):
     assert f"--{flag}" in message and "nonsense" in message and "choose from" in message
 
 
-# ---- Recipes -------------------------------------------------------------------------------------------------------
-
-
-def recipe(tmp_path, text):
-    (tmp_path / "x.args").write_text(text)
-    return f"@{tmp_path / 'x.args'}"
-
-
-def test_recipe_lines_and_comments(parse, tmp_path):
-    """Red when comments=True is dropped, or a line is not split."""
-    text = """# a comment; it's ignored, --seed 9 too
---resolution 64 --random_flip   # and so is this: --seed 8
-
---tracker_project_name 'two words'
-    --timm_model_layers "0, 1" --seed=7
-"""
-    args = parse(recipe(tmp_path, text))
-    assert (args.resolution, args.random_flip, args.seed) == (64, True, 7)
-    assert (args.tracker_project_name, args.timm_model_layers) == ("two words", "0, 1")
-
-
-def test_recipe_paths_are_relative_to_the_repository(parse, tmp_path):
-    """From another working directory. Red when `convert_arg_line_to_args` returns the words as they are."""
-    text = "--model_config_name_or_path configs/tiny_4x.json --validation_images images/bird.jpg images/dog.jpg\n"
-    args = parse(recipe(tmp_path, text + f"--cache_dir {tmp_path / 'a/b'} --hub_model_id owner/name --push_to_hub"))
-    assert args.model_config_name_or_path == str(REPOSITORY / "configs/tiny_4x.json")
-    assert args.validation_images == [str(REPOSITORY / "images" / name) for name in ("bird.jpg", "dog.jpg")]
-    assert args.cache_dir == str(tmp_path / "a/b") and args.hub_model_id == "owner/name"
-
-
-def test_paths_outside_a_recipe_are_not(refused, tmp_path):
-    assert not (tmp_path / "configs").exists()
-    assert "configs/tiny_4x.json" in refused("--model_config_name_or_path", "configs/tiny_4x.json")
-
-
-def test_recipe_path_after_an_equals_sign(parse, tmp_path):
-    """Red when only whole words are taken for paths."""
-    args = parse(recipe(tmp_path, "--model_config_name_or_path=configs/tiny_4x.json"))
-    assert args.model_config_name_or_path == str(REPOSITORY / "configs/tiny_4x.json")
-
-
-def test_missing_recipe(refused):
-    assert "nowhere.args" in refused("@nowhere.args")
-
-
-def test_recipe_with_an_open_quote(refused, tmp_path):
-    """Red when shlex's ValueError gets through."""
-    assert "quot" in refused(recipe(tmp_path, "--tracker_project_name 'open"))
-
-
-def test_error_in_a_recipe_is_one_line(refused, tmp_path):
-    assert "--resol" in refused(recipe(tmp_path, "--seed 1\n--resol 64\n"))
-
-
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes").glob("*.args")), ids=lambda path: path.name)
-def test_every_recipe_parses_and_later_flags_win(parse, path, tmp_path):
-    """Red when a recipe names a flag or file that is gone."""
-    alone = parse(f"@{path}")
-    assert alone.resolution != 48
-    args = parse(f"@{path}", "--resolution", 48, "--output_dir", tmp_path / "other")
-    assert args.resolution == 48 and args.output_dir == str(tmp_path / "other")
-    assert parse("--resolution", 48, f"@{path}").resolution == alone.resolution
-
-
 # ---- Errors before anything is loaded ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [["--resolution", "0"], ["--local_rank", "1"], ["--timm_model_layers", "head"]])
-def test_other_ranks_fail_silently(parse, capsys, monkeypatch, flags):
-    """One line per machine, not one per process. Red when `Parser.error` does not look at LOCAL_RANK."""
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit) as stop:
-        parse(*flags)
-    assert stop.value.code == 2 and capsys.readouterr() == ("", "")
-
-
-def test_other_ranks_fail_silently_after_the_flags(flags, capsys, monkeypatch, tmp_path):
-    """An error found by `train`. Red when `main` does not look at LOCAL_RANK; on rank 0 the same run prints one line."""
+def test_other_ranks_fail_silently(parse, flags, capsys, monkeypatch):
+    """One line per machine, not one per process. Red when `Parser.error`, or `main`, does not look at LOCAL_RANK."""
 
     def fails(args):
         raise train_vqgan.UserError("--flag: wrong")
@@ -245,39 +161,127 @@ def test_other_ranks_fail_silently_after_the_flags(flags, capsys, monkeypatch, t
     monkeypatch.setattr(train_vqgan, "train", fails)
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
+        for wrong in (["--resolution", "0"], ["--local_rank", "1"], ["--streaming"]):
+            with pytest.raises(SystemExit) as stop:
+                train_vqgan.parse_args(wrong)
+            assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == lines
         assert train_vqgan.main(flags) == 2
         assert capsys.readouterr().err.count("error") == lines
+
+
+def test_verbose_shows_where_an_error_came_from(error, flags, capsys, tmp_path):
+    """Without it there is one line. Red when the cause is lost on the way, or always printed."""
+    (tmp_path / "bad.json").write_text("{,}")
+    wrong = ["--model_config_name_or_path", str(tmp_path / "bad.json")]
+    assert train_vqgan.main([*flags, *wrong]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert train_vqgan.main([*flags, *wrong, "--verbose"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "JSONDecodeError" in said
+    assert said.splitlines()[-1].startswith("train_vqgan.py: error: --model_config_name_or_path: ")
+
+
+def test_error_of_the_program_is_no_error_line(flags, monkeypatch):
+    """Red when `main` takes every exception for something that the user can mend."""
+    monkeypatch.setattr(train_vqgan, "train", lambda args: {}["missing"])
+    with pytest.raises(KeyError):
+        train_vqgan.main(flags)
+
+
+PATHS = {
+    "--train_data_dir": ["no/folder", "a-file", ""],
+    "--validation_data_dir": ["no/folder", "a-file", ""],
+    "--validation_images": ["no.jpg", "."],
+    "--fid_weights": ["no.pth", "."],
+    "--model_config_name_or_path": ["no.json"],
+    "--discriminator_config_name_or_path": ["no.json"],
+    "--pretrained_model_name_or_path": ["a-file"],
+    "--pretrained_discriminator_name_or_path": ["a-file"],
+}
+
+
+@pytest.mark.parametrize("flag, path", [(flag, path) for flag in PATHS for path in PATHS[flag]])
+def test_path_that_is_not_there(refused, tmp_path, flag, path):
+    """Red when the flag has no `accepted` type, or another one."""
+    (tmp_path / "a-file").touch()
+    message = refused(flag, path)
+    kind = "folder" if flag.endswith("_dir") else "file"
+    expected = f"{path} is a single file" if "pretrained" in flag else f"no such {kind}: {path}"
+    assert message.startswith(f"argument {flag}: {expected}".strip())
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        *[(flag, name) for flag in PATHS if "name_or_path" in flag for name in ("owner/name", "a-folder")],
+        *[(flag, "a.json") for flag in PATHS if "config" in flag],
+        *[(flag, "a-folder") for flag in PATHS if "_dir" in flag],
+        *[(flag, "a.json") for flag in ("--validation_images", "--timm_model_weights")],
+    ],
+)
+def test_path_that_is_there(parse, tmp_path, flag, value):
+    """Red when a type refuses Hub ids, or configs that are directories."""
+    (tmp_path / "a-folder").mkdir()
+    (tmp_path / "a.json").touch()
+    found = getattr(parse(flag, value), flag[2:])
+    assert found == ([value] if flag == "--validation_images" else value)
+
+
+def test_upstream_layer_head_is_refused(refused):
+    message = refused("--timm_model_layers", "head")
+    assert "--timm_model_layers" in message and "leave it out" in message
+
+
+# ---- Flags that need or exclude each other -------------------------------------------------------------------------
+
+
+def given(name, photos):
+    """The flag with a value, and what else it needs."""
+    values = {"validation_fraction": "0.5", "max_train_samples": "5", "train_only": "decoder"}
+    values |= {"train_data_dir": str(photos), "validation_data_dir": str(photos), "fid_weights": str(photos / "0.png")}
+    words = [f"--{name}"]
+    if name not in ("streaming", "push_to_hub", "fid", "eval_only"):
+        words.append(values.get(name, "owner/name"))
+    words += {"streaming": ["--max_train_steps", "5"], "eval_only": ["--seed", "0"]}.get(name, [])
+    return words + [word for needed, names in NEEDS.items() if name in names for word in given(needed, photos)]
+
+
+@pytest.mark.parametrize("needed, name", [(needed, name) for needed, names in NEEDS.items() for name in names])
+def test_flag_that_needs_another(parse, refused, photos, needed, name):
+    """Red when `check_args` leaves a row out, or the message repeats the flag's value, which may be a token."""
+    words = given(name, photos)
+    parse(*words)
+    own = words[: len(words) - len(given(needed, photos))]
+    assert refused(*own) == f"--{name}: needs --{needed}"
+
+
+@pytest.mark.parametrize("name, other, why", EXCLUDES, ids=lambda value: value.split(":")[0])
+def test_flags_that_exclude_each_other(parse, refused, photos, name, other, why):
+    """Red when `check_args` leaves a row out, or refuses one of them alone."""
+    for alone in (name, other):
+        assert getattr(parse(*given(alone, photos)), alone)
+    assert refused(*given(name, photos), *given(other, photos)) == f"--{name} and --{other}: give one of them{why}"
+
+
+@pytest.mark.parametrize("flag", ["validation_data_dir", "validation_split", "streaming"])
+def test_no_part_of_the_training_images_is_held_out(parse, photos, flag):
+    """0 is no choice of a fraction, and the default where held-out images are given. Red when it counts as one."""
+    assert parse(*given(flag, photos)).validation_fraction == 0
+    assert parse(*given(flag, photos), "--validation_fraction", 0).validation_fraction == 0
+    assert parse().validation_fraction == 0.01 and parse("--validation_fraction", 0).validation_fraction == 0
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--dataset_name", "a/b", "--train_data_dir", "."], ["--dataset_name", "--train_data_dir", "one"]),
-        (["--streaming", "--max_train_steps", "5"], ["--streaming", "--dataset_name"]),
         (["--streaming", "--dataset_name", "a/b"], ["--streaming", "--max_train_steps"]),
-        (
-            ["--streaming", "--dataset_name", "a/b", "--max_train_steps", "5", "--max_train_samples", "5"],
-            ["--streaming"],
-        ),
-        (["--train_data_dir", "no/folder"], ["--train_data_dir", "no/folder"]),
-        (["--train_data_dir", "a-file"], ["--train_data_dir", "a-file"]),
-        (["--validation_images", "a-file", "no.jpg"], ["--validation_images", "no.jpg"]),
-        (["--model_config_name_or_path", "no.json"], ["--model_config_name_or_path", "no.json"]),
-        (["--discriminator_config_name_or_path", "no.json"], ["--discriminator_config_name_or_path", "no.json"]),
-        (["--model_config_name_or_path", "a", "--pretrained_model_name_or_path", "b"], ["--model_config_name_or_path"]),
-        (["--hub_token", "hf_secret"], ["--push_to_hub"]),
-        (["--hub_model_id", "a/b"], ["--push_to_hub"]),
         (["--codebook_init", "keep"], ["--codebook_init", "--pretrained_model_name_or_path"]),
-        (["--output_dir", "a-file"], ["--output_dir", "a-file"]),
-        (["--output_dir", "a-file/below"], ["--output_dir", "a-file/below"]),
     ],
-    ids=lambda value: None if "--" in value[0] and len(value) > 2 else " ".join(value[:2]),
 )
-def test_what_cannot_work_is_refused(refused, tmp_path, flags, words):
+def test_what_cannot_work_is_refused(refused, flags, words):
     """Red when the check is left out of `check_args`."""
-    (tmp_path / "a-file").touch()
     message = refused(*flags)
-    assert all(word in message for word in words) and "hf_secret" not in message
+    assert all(word in message for word in words)
 
 
 @pytest.mark.parametrize("flag", ["--codebook_init=sphere", "--codebook_norm=l2", "--codebook_restart_steps=9"])
@@ -292,46 +296,86 @@ def test_codebook_stays_while_the_decoder_alone_is_trained(parse, refused, tmp_p
 def test_8bit_adam_without_bitsandbytes(refused, monkeypatch):
     """Red when the check is left out of `check_args`."""
     find = train_vqgan.importlib.util.find_spec
-    monkeypatch.setattr(
-        train_vqgan.importlib.util, "find_spec", lambda n, *a: n != "bitsandbytes" and find(n, *a) or None
-    )
+    without = lambda name, *more: None if name == "bitsandbytes" else find(name, *more)  # noqa: E731
+    monkeypatch.setattr(train_vqgan.importlib.util, "find_spec", without)
     message = refused("--use_8bit_adam")
     assert "--use_8bit_adam" in message and "pip install bitsandbytes" in message
 
 
+# ---- The output directory ------------------------------------------------------------------------------------------
+
+
+def test_parsing_writes_nothing(parse, tmp_path, photos):
+    """Red when a check of `parse_args` makes output_dir or tries to write there."""
+    parse("--train_data_dir", photos, "--resume_from_checkpoint", "latest", "--push_to_hub", "--fid")
+    parse("--output_dir", "/proc/no/such/place")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["a-file", "a-file/below"])
+def test_output_dir_that_cannot_be_made(error, tmp_path, output):
+    """Red when the check is left out of `claim_output_dir`."""
+    (tmp_path / "a-file").touch()
+    message = error("--output_dir", str(tmp_path / output))
+    assert f"--output_dir: cannot write to {tmp_path / output}" in message
+
+
 @pytest.mark.parametrize("trace", ["checkpoint-5/progress.json", "metrics.jsonl"])
-def test_output_dir_that_holds_a_run(parse, refused, tmp_path, trace):
-    """Without --resume_from_checkpoint nothing is overwritten. Red when the check is left out of `check_args`."""
+def test_output_dir_that_holds_a_run(flags, tmp_path, capsys, trace):
+    """Without --resume_from_checkpoint nothing is overwritten. Red when the check is left out of `find_checkpoint`."""
     (tmp_path / "run" / trace).parent.mkdir(parents=True)
     (tmp_path / "run" / trace).write_text("{}")
-    message = refused()
-    assert "--output_dir" in message and "--resume_from_checkpoint latest" in message
-    parse("--resume_from_checkpoint", "latest")
+    assert train_vqgan.main(flags) == 2
+    said = capsys.readouterr().err
+    assert said.count("error:") == 1 and f"--output_dir: {tmp_path / 'run'} already holds a run" in said
+    assert "--resume_from_checkpoint latest" in said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [trace.split("/")[0]], "a trace was left behind"
 
 
-def test_output_dir_with_something_else_in_it(parse, tmp_path):
+def test_output_dir_with_something_else_in_it(train, tmp_path):
+    """Notes of the user's own are no run, and stay."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").touch()
-    parse()
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["notes.txt"], "the probe was left behind"
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    train("--max_train_steps", "1", "--checkpointing_steps", "0")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"notes.txt", "metrics.jsonl", "vqmodel", "discriminator", "image_processor", "README.md"}
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
-def test_resume_from_something_that_is_no_finished_checkpoint(parse, refused, tmp_path):
-    """Red when `damage` looks only at the name, or only at the manifest."""
-    for name in ("checkpoint-10", "unfinished-checkpoint-20", "checkpoint-x", "checkpoint-7"):
+def test_resume_from_something_that_is_no_whole_checkpoint(parse, tmp_path):
+    """Red when `find_fault` looks only at the name, or only at the manifest, or the format is not compared."""
+    for name in ("checkpoint-10", "checkpoint-9", "unfinished-checkpoint-20", "checkpoint-x", "checkpoint-7"):
         (tmp_path / "run" / name).mkdir(parents=True)
-        (tmp_path / "run" / name / "progress.json").write_text('{"files": {}}')
+        (tmp_path / "run" / name / "progress.json").write_text('{"files": {}, "format": 2}')
     (tmp_path / "run/checkpoint-7/progress.json").unlink()
+    (tmp_path / "run/checkpoint-9/progress.json").write_text('{"files": {}, "format": 1}')
+
+    def found(name):
+        return train_vqgan.find_checkpoint(parse("--resume_from_checkpoint", tmp_path / name))
+
+    whole = [str(tmp_path / "run" / name) for name in ("checkpoint-7", "checkpoint-9", "checkpoint-10")]
     for name in ("run/checkpoint-7", "run/unfinished-checkpoint-20", "run/checkpoint-x", "run/checkpoint-99", "newest"):
-        message = refused("--resume_from_checkpoint", tmp_path / name)
-        assert "--resume_from_checkpoint" in message and "is not a finished checkpoint" in message
-        assert message.endswith(f"found: {tmp_path / 'run/checkpoint-7'}, {tmp_path / 'run/checkpoint-10'}")
-    assert parse("--resume_from_checkpoint", tmp_path / "run/checkpoint-10").resume_from_checkpoint
+        with pytest.raises(train_vqgan.UserError) as caught:
+            found(name)
+        assert str(caught.value).startswith(f"--resume_from_checkpoint: {tmp_path / name} is no whole checkpoint")
+        assert str(caught.value).endswith(f"found: {', '.join(whole)}")
+    with pytest.raises(train_vqgan.UserError, match="checkpoint-9 is of another version"):
+        found("run/checkpoint-9")
+    assert found("run/checkpoint-10") == (tmp_path / "run/checkpoint-10", {"files": {}, "format": 2})
+
+
+def test_fixed_flags():
+    """What decides which pixels sample g has, and what is trained. Red when a mark is taken from the table."""
+    parser = train_vqgan.build_parser()
+    groups = {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
+    data = groups["data"] - {"cache_dir", "dataloader_num_workers"}
+    others = {"train_only", "codebook_norm", "use_8bit_adam", "seed", "validation_fraction"}
+    assert set(parser.fixed_flags()) == data | others
 
 
 # ---- Defaults ------------------------------------------------------------------------------------------------------
 
-DESIGN = {  # section 4 of the design; from published runs
+DESIGN = {  # from published runs
     "vae_loss": "l2",
     "pixel_weight": 1.0,
     "perceptual_weight": 1.0,
@@ -378,98 +422,7 @@ def test_defaults_that_depend_on_a_pretrained_model(parse):
     assert parse("--codebook_restart_steps", "0").codebook_restart_steps == 0, "0 is a choice, not a missing value"
 
 
-# ---- Settled from data and processes -------------------------------------------------------------------------------
-
-
-def settle(args, images=7, processes=1):
-    train_vqgan.settle_flags(SimpleNamespace(num_processes=processes), list(range(images)), args)
-    return args
-
-
-@pytest.mark.parametrize(
-    "images, epochs, batch, accumulation, processes, steps",
-    [
-        (7, 1, 2, 1, 1, 4),  # the last batch crosses into the second epoch: no image is left out
-        (7, 100, 2, 1, 1, 350),  # not 100 x 4
-        (7, 3, 2, 2, 1, 6),  # 21 images in steps of 4
-        (7, 3, 2, 2, 2, 3),  # 21 images in steps of 8
-        (1001, 2.5, 16, 1, 3, 53),  # 2502.5 in steps of 48
-        (1, 0.5, 64, 1, 1, 1),
-    ],
-)
-def test_steps_from_epochs(parse, images, epochs, batch, accumulation, processes, steps):
-    """Red when the division is by micro-batches instead of steps, or rounds down, or rounds every epoch up."""
-    seen = steps * batch * accumulation * processes
-    assert seen >= images * epochs > seen - batch * accumulation * processes, "the expectation itself"
-    flags = ("--num_train_epochs", epochs, "--train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
-    assert settle(parse(*flags), images, processes).max_train_steps == steps
-
-
-def test_steps_given_win_over_epochs(parse):
-    assert settle(parse("--max_train_steps", 11, "--num_train_epochs", 3)).max_train_steps == 11
-
-
-@pytest.mark.parametrize("batch, accumulation, processes", [(2, 1, 1), (2, 3, 1), (1, 1, 4), (2, 3, 4)])
-def test_scale_lr(parse, batch, accumulation, processes):
-    """Red when a factor of the product is left out, or only the generator's rate is scaled."""
-    flags = ("--train_batch_size", batch, "--gradient_accumulation_steps", accumulation)
-    flags += ("--learning_rate", "1e-4", "--discr_learning_rate", "3e-4")
-    plain, scaled = settle(parse(*flags), 7, processes), settle(parse(*flags, "--scale_lr"), 7, processes)
-    assert (plain.learning_rate, plain.discr_learning_rate) == (1e-4, 3e-4)
-    assert math.isclose(scaled.learning_rate, 1e-4 * batch * accumulation * processes)
-    assert math.isclose(scaled.discr_learning_rate, 3e-4 * batch * accumulation * processes)
-
-
-def test_scale_lr_reaches_the_optimisers(train):
-    """Upstream computes the scaled rates after its optimisers are built. Red when `settle_flags` runs after training."""
-    flags = ("--gradient_accumulation_steps", "3", "--lr_scheduler", "constant", "--discr_lr_scheduler", "constant")
-    flags += ("--learning_rate", "1e-5", "--discr_learning_rate", "3e-5", "--discriminator_start", "0")
-    output = train(*flags, "--log_steps", "1", "--max_train_steps", "1", "--checkpointing_steps", "0", "--scale_lr")
-    line = metrics(output)[0]
-    assert math.isclose(line["opt/lr"], 6e-5) and math.isclose(line["opt/discriminator_lr"], 18e-5)
-
-
-@pytest.mark.parametrize(
-    "flags, steps, start, warmup",
-    [
-        ([], 1000, 100, 20),
-        ([], 200_000, 20_000, 4000),
-        ([], 1_000_000, 20_000, 20_000),  # 10 %, but at most 20,000 steps
-        ([], 5, 0, 0),
-        (["--discriminator_start", "0.3"], 1_000_000, 300_000, 20_000),  # the bound is on the default only
-        (["--discriminator_start", "0.6", "--discriminator_warmup", "0.5"], 1000, 600, 500),
-        (["--discriminator_start", "30000", "--discriminator_warmup", "7"], 1000, 30_000, 7),
-        (["--discriminator_start", "1", "--discriminator_warmup", "1"], 1000, 1, 1),  # one step
-        (["--discriminator_start", "1.0", "--discriminator_warmup", "1.0"], 1000, 1000, 1000),  # the whole run
-        (["--discriminator_start", "0"], 1000, 0, 20),
-    ],
-)
-def test_fractions_of_the_run(parse, flags, steps, start, warmup):
-    """Red when min(..., 20000) is dropped or moved to given values, or whole numbers are multiplied too."""
-    args = settle(parse("--max_train_steps", steps, *flags))
-    assert (args.discriminator_start, args.discriminator_warmup) == (start, warmup)
-    assert type(args.discriminator_start) is type(args.discriminator_warmup) is int
-
-
-def test_fractions_of_a_run_given_in_epochs(parse):
-    """Red when the fractions are taken before the steps are known."""
-    args = settle(parse("--num_train_epochs", 10, "--train_batch_size", 1, "--discriminator_start", 0.5), images=20)
-    assert (args.max_train_steps, args.discriminator_start, args.discriminator_warmup) == (200, 100, 4)
-
-
-# ---- For trackers --------------------------------------------------------------------------------------------------
-
-
-def test_public_config(parse, photos):
-    """No secrets, and only what TensorBoard takes. Red when "token" is not filtered, or lists and None pass through."""
-    images = [str(photos / "0.png"), str(photos / "1.png")]
-    args = parse("--push_to_hub", "--hub_token", "hf_secret", "--validation_images", *images, "--seed", 0)
-    assert args.hub_token == "hf_secret" and args.cache_dir is None
-    config = train_vqgan.public_config(args)
-    assert not [name for name in config if "token" in name] and "hf_secret" not in repr(config)
-    assert {type(value) for value in config.values()} <= {int, float, str, bool}
-    assert all(path in config["validation_images"] for path in images)
-    assert config["seed"] == 0 and config["use_ema"] is False and config["learning_rate"] == 1e-4
+# ---- On a GPU ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag, matmul", [([], "high"), (["--no-allow_tf32"], "highest")])

@@ -98,7 +98,7 @@ def run(hub, tmp_path, flags):
 
 
 def test_upload(hub, flags, tmp_path, photos):
-    """The exported model, card and pictures arrive, with the token; checkpoints stay. Red when upload() does nothing."""
+    """The export, card and pictures arrive, with the token; checkpoints stay. Red when upload() does nothing."""
     more = ["--push_to_hub", "--hub_token", TOKEN, "--hub_model_id", "me/model", "--log_steps", "1"]
     more += ["--validation_images", str(photos / "0.png")]
     result = run(hub, tmp_path, [*flags, *more])

@@ -1,5 +1,6 @@
 """The objectives against numbers worked out by hand, and the perceptual loss against numpy and torchmetrics."""
 
+import logging
 import math
 
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 import timm
 import torch
 import torchmetrics.functional.image.lpips as lpips
+from accelerate import Accelerator
 from torch import nn
 
 import train_vqgan as tv
+from discriminator import TimmFeatures, choose_stages, lpips_heads
 
 
 def by_channel(images):
@@ -84,7 +87,7 @@ def test_non_saturating_losses_by_hand():
     real = np.mean([math.log1p(math.exp(-v)) for v in (2.0, 0.5, -1.0, 0.0)])
     fake = np.mean([math.log1p(math.exp(v)) for v in (-3.0, -0.5, 1.0, 0.0)])
     assert loss.item() == pytest.approx(real + fake)
-    generator = tv.ADVERSARIAL["non_saturating"][0](torch.tensor([-3.0, 2.0])).tolist()
+    generator = tv.ADVERSARIAL["non_saturating"].generator(torch.tensor([-3.0, 2.0])).tolist()
     assert generator == pytest.approx([math.log1p(math.exp(3)), math.log1p(math.exp(-2))])
 
 
@@ -99,27 +102,27 @@ def test_lecam_pulls_logits_that_run_away():
 
 
 def example():
-    """x, x_hat [2, 3, 4, 4] and codes, as leaves."""
+    """x, x_hat [2, 3, 4, 4], the latter a leaf, and codes whose terms are the quantiser's to weigh."""
     rng = torch.Generator().manual_seed(0)
     x = torch.rand(2, 3, 4, 4, generator=rng) * 2 - 1
     x_hat = (torch.rand(2, 3, 4, 4, generator=rng) * 0.5).requires_grad_()
-    z = torch.randn(8, 4, generator=rng).requires_grad_()
-    e = torch.randn(8, 4, generator=rng).requires_grad_()
-    return x, x_hat, tv.Codes(z, e, torch.arange(8))
+    z, e = torch.randn(2, 8, 4, generator=rng)
+    terms = {"codebook": tv.Term(3.0, torch.tensor(0.75), "latents"), "own": tv.Term(0.5, torch.tensor(2.0), "latents")}
+    return x, x_hat, tv.Codes(z, e, torch.arange(8), terms)
 
 
 def stand_in_perceptual(x, x_hat):
     return 3 * (x_hat - x).abs().amax()
 
 
-def numpy_terms(kind, x, x_hat, codes):
-    """The five terms of L_G, in numpy, for the stand-ins above."""
-    x, x_hat, z, e = (t.detach().double().numpy() for t in (x, x_hat, codes.z, codes.e))
+def numpy_terms(kind, x, x_hat):
+    """The values of L_G's terms, in numpy for the stand-ins above."""
+    x, x_hat = (t.detach().double().numpy() for t in (x, x_hat))
     return {
         "pixel": np.abs(x - x_hat).mean() if kind == "l1" else ((x - x_hat) ** 2).mean(),
         "perceptual": 3 * np.abs(x - x_hat).max(),
-        "codebook": ((z - e) ** 2).mean(),
-        "commitment": ((z - e) ** 2).mean(),
+        "codebook": 0.75,
+        "own": 2.0,
         "adversarial": -x_hat[:, 0].mean(),
     }
 
@@ -127,79 +130,65 @@ def numpy_terms(kind, x, x_hat, codes):
 @pytest.mark.parametrize("kind", ["l1", "l2"])
 def test_generator_loss_is_the_weighted_sum_of_its_terms(objectives, kind):
     """Red when a weight is dropped or two are exchanged, a term is summed instead of averaged, or l1 and l2 swap."""
-    weights = {"pixel": 0.5, "perceptual": 2.0, "codebook": 3.0, "commitment": 0.125}
-    args = objectives("--vae_loss", kind, *(w for k, v in weights.items() for w in (f"--{k}_weight", str(v))))
-    weights["adversarial"] = 0.7
+    args = objectives("--vae_loss", kind, "--pixel_weight", "0.5", "--perceptual_weight", "2")
     x, x_hat, codes = example()
-    loss, terms = tv.generator_loss(x, x_hat, codes, stand_in_perceptual, by_channel, args, 0.7)
-    expected = numpy_terms(kind, x, x_hat, codes)
-    assert abs(numpy_terms("l1", x, x_hat, codes)["pixel"] - numpy_terms("l2", x, x_hat, codes)["pixel"]) > 0.05
-    assert set(terms) == set(expected)
-    for name, (weight, term) in terms.items():
-        assert weight == weights[name]
-        assert term.item() == pytest.approx(expected[name], rel=1e-5), name
-    assert loss.item() == pytest.approx(sum(weights[k] * expected[k] for k in expected), rel=1e-5)
+    terms = tv.generator_loss(x, x_hat, codes, stand_in_perceptual, by_channel, args, 0.7)
+    expected = numpy_terms(kind, x, x_hat)
+    assert abs(numpy_terms("l1", x, x_hat)["pixel"] - numpy_terms("l2", x, x_hat)["pixel"]) > 0.05
+    weights = {"pixel": 0.5, "perceptual": 2.0, "codebook": 3.0, "own": 0.5, "adversarial": 0.7}
+    on = {"pixel": "image", "perceptual": "image", "codebook": "latents", "own": "latents", "adversarial": "adversary"}
+    assert {name: term.weight for name, term in terms.items()} == weights
+    assert {name: term.on for name, term in terms.items()} == on
+    assert {name: term.value.item() for name, term in terms.items()} == pytest.approx(expected, rel=1e-5)
+    total = sum(weights[name] * expected[name] for name in expected)
+    assert tv.weighted_sum(terms).item() == pytest.approx(total, rel=1e-5)
+    heavier = total + 2 * weights["adversarial"] * expected["adversarial"]
+    assert tv.weighted_sum(terms, adversary=3.0).item() == pytest.approx(heavier, rel=1e-5)
 
 
-def test_default_weights_are_the_documented_ones(objectives):
-    """1, 1, 1 and 0.25, l2. Red when a default of a flag changes."""
-    args = objectives("--adversarial_weight", "0.1")
-    x, x_hat, codes = example()
-    terms = tv.generator_loss(x, x_hat, codes, stand_in_perceptual, by_channel, args, 0.1)[1]
-    weights = {name: weight for name, (weight, _) in terms.items()}
+def test_default_weights_are_the_documented_ones(flags):
+    """1, 1, 1, 0.25 and 0.1, l2. Red when a default of a flag changes, or build_quantizer takes another weight."""
+    args = tv.parse_args(flags)
+    x, x_hat, _ = example()
+    codes = tv.build_generator(args)(torch.rand(2, 3, 16, 16), return_dict=False)[1]
+    terms = tv.generator_loss(x, x_hat, codes, stand_in_perceptual, by_channel, args, args.adversarial_weight)
+    weights = {name: term.weight for name, term in terms.items()}
     assert weights == {"pixel": 1, "perceptual": 1, "codebook": 1, "commitment": 0.25, "adversarial": 0.1}
-    assert terms["pixel"][1].item() == pytest.approx(numpy_terms("l2", x, x_hat, codes)["pixel"], rel=1e-5)
-    assert tv.parse_args(["--output_dir", args.output_dir]).adversarial_weight == 0.1
+    assert terms["pixel"].value.item() == pytest.approx(numpy_terms("l2", x, x_hat)["pixel"], rel=1e-5)
 
 
-def test_without_adversarial_weight_the_discriminator_is_not_called(objectives):
-    """Red when `adversarial_weight > 0` becomes `>= 0`."""
+def test_what_is_left_out_is_not_called(objectives):
+    """No discriminator at lambda 0, and no perceptual term without its network. Red when `lam > 0` becomes `>= 0`."""
 
     def forbidden(images):
         raise AssertionError("the discriminator was called")
 
     x, x_hat, codes = example()
-    loss, terms = tv.generator_loss(x, x_hat, codes, None, forbidden, objectives(), 0.0)
-    assert "adversarial" not in terms
-    expected = numpy_terms("l2", x, x_hat, codes)
-    assert loss.item() == pytest.approx(expected["pixel"] + 1.25 * expected["codebook"], rel=1e-5)
+    terms = tv.generator_loss(x, x_hat, codes, None, forbidden, objectives(), 0.0)
+    assert set(terms) == {"pixel", "codebook", "own"}
     with pytest.raises(AssertionError, match="was called"):
         tv.generator_loss(x, x_hat, codes, None, forbidden, objectives(), 1e-6)
 
 
-@pytest.mark.parametrize("moved", ["codebook", "commitment"])
-def test_stop_gradients_of_the_quantiser_terms(objectives, moved):
-    """The codebook term moves only e, the commitment term only z. Red when a `.detach()` is dropped or moved over."""
-    weights = {"pixel": 0, "perceptual": 0, "codebook": 0, "commitment": 0, moved: 1.5}
-    args = objectives(*(w for k, v in weights.items() for w in (f"--{k}_weight", str(v))))
-    x, x_hat, codes = example()
-    tv.generator_loss(x, x_hat, codes, None, by_channel, args, 0.0)[0].backward()
-    gradients = {"codebook": codes.e.grad, "commitment": codes.z.grad}
-    towards = (codes.e - codes.z) if moved == "codebook" else (codes.z - codes.e)
-    torch.testing.assert_close(gradients.pop(moved), (1.5 * 2 / codes.z.numel() * towards).detach())
-    (other,) = gradients.values()
-    assert other is None or other.abs().max() == 0
-    assert x_hat.grad.abs().max() == 0  # neither term reaches the decoder
-
-
 def test_adversarial_term_moves_the_reconstruction_and_not_the_frozen_discriminator(objectives):
     """d(-mean D)/dx_hat for a linear D. Red when the minus is dropped, or `frozen` does nothing."""
-    args = objectives(*(f"--{k}_weight=0" for k in ("pixel", "perceptual", "codebook", "commitment")))
     discriminator = nn.Conv2d(3, 1, 1)
     x, x_hat, codes = example()
     with tv.frozen(discriminator):
-        tv.generator_loss(x, x_hat, codes, None, discriminator, args, 0.4)[0].backward()
+        terms = tv.generator_loss(x, x_hat, codes, None, discriminator, objectives("--pixel_weight", "0"), 0.4)
+        tv.weighted_sum(terms).backward()
     slope = discriminator.weight.detach().view(1, 3, 1, 1) * -0.4 / (2 * 4 * 4)
     torch.testing.assert_close(x_hat.grad, slope.expand_as(x_hat))
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
 
 
 def test_frozen_ends_with_an_exception_too():
-    network = nn.Linear(1, 1)
+    """What was frozen before stays so. Red when the second loop is not in a `finally`, or goes over all parameters."""
+    network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False))
     with pytest.raises(KeyError), tv.frozen(network):
         assert not any(p.requires_grad for p in network.parameters())
         raise KeyError
-    assert all(p.requires_grad for p in network.parameters())
+    assert [p.requires_grad for p in network.parameters()] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -215,41 +204,62 @@ def test_frozen_ends_with_an_exception_too():
 def test_adversarial_weight_schedule(objectives, start, warmup, expected):
     """0 before the start, a linear ramp, then constant. Red when `step + 1` becomes `step`, or the clamp at 1 goes."""
     flags = ["--adversarial_weight=0.2", f"--discriminator_start={start}", f"--discriminator_warmup={warmup}"]
-    args = objectives(*flags)
-    weights = [tv.adversarial_weight(step, args) for step in range(9)]
+    schedule = tv.Schedule(objectives(*flags), 2, 7)
+    weights = [schedule.lambda_at(step) for step in range(9)]
     assert weights == pytest.approx(expected)
     assert all(weight == 0 for weight in weights[:start])  # exactly: the discriminator must not run
-    assert tv.adversarial_weight(10**6, args) == 0.2
+    assert schedule.lambda_at(10**6) == 0.2
 
 
-def test_gradient_shares_by_hand():
+@pytest.fixture
+def gradient_shares(flags, monkeypatch, caplog):
+    """gradient_shares(terms of x_hat, or None for the script's own, lambda) -> {name: share} as logged, run, x."""
+
+    def log(terms, lam):
+        run = tv.Run(tv.parse_args([*flags, "--perceptual_weight", "0", "--pixel_weight", "3"]), Accelerator(cpu=True))
+        if terms:
+            monkeypatch.setattr(tv, "generator_loss", lambda x, x_hat, *rest: terms(x_hat))
+        x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        with caplog.at_level(logging.INFO, "train_vqgan"):
+            tv.log_gradient_shares(run, x, lam)
+        line = next(line for line in caplog.messages if line.startswith("Gradient at x_hat: "))
+        shares = dict(part.split(" ") for part in line.removeprefix("Gradient at x_hat: ").split(", "))
+        for network in (run.state.generator, run.state.discriminator):
+            assert all(p.grad is None and p.requires_grad for p in network.parameters())
+        return shares, run, x
+
+    return log
+
+
+def test_gradient_shares_by_hand(gradient_shares):
     """Norms 2 x 5, 1 x 30 and 4 x 2.5 at x_hat. Red when the weight is left out, or terms with weight 0 count."""
-    x_hat = torch.zeros(2, requires_grad=True)
     elsewhere = torch.ones(2, requires_grad=True)
-    terms = {
-        "pixel": (2.0, (x_hat * torch.tensor([3.0, 4.0])).sum()),
-        "perceptual": (1.0, -30 * x_hat[1]),
-        "adversarial": (4.0, (x_hat * torch.tensor([1.5, 2.0])).sum()),
-        "codebook": (1.0, (elsewhere**2).sum()),
-        "unused": (0.0, 1000 * x_hat.sum()),
-        "constant": (1.0, torch.tensor(7.0)),
-    }
-    shares = tv.gradient_shares(terms, x_hat)
-    assert shares == pytest.approx({"pixel": 10 / 50, "perceptual": 30 / 50, "adversarial": 10 / 50})
-    sum(weight * term for weight, term in terms.values()).backward()  # the graph is still there
-    assert x_hat.grad.tolist() == [3 * 2 + 1.5 * 4, 4 * 2 - 30 + 2 * 4]
+
+    def terms(x_hat):
+        first = x_hat[0, 0, 0, :2]
+        return {
+            "pixel": tv.Term(2.0, (first * torch.tensor([3.0, 4.0])).sum(), "image"),
+            "perceptual": tv.Term(1.0, -30 * first[1], "image"),
+            "adversarial": tv.Term(4.0, (first * torch.tensor([1.5, 2.0])).sum(), "adversary"),
+            "codebook": tv.Term(1.0, (elsewhere**2).sum(), "latents"),
+            "unused": tv.Term(0.0, 1000 * first.sum(), "image"),
+        }
+
+    assert gradient_shares(terms, 0.1)[0] == {"pixel": "20%", "perceptual": "60%", "adversarial": "20%"}
+    assert elsewhere.grad is None
 
 
-def test_gradient_shares_of_the_real_terms(objectives):
-    """l2 and the adversarial term of by_channel: |2 (x_hat - x) / n| and lambda / sqrt(patches)."""
-    args = objectives("--pixel_weight", "3", "--perceptual_weight", "0")
-    x, x_hat, codes = example()
-    terms = tv.generator_loss(x, x_hat, codes, None, by_channel, args, 0.6)[1]
-    pixel = 3 * np.linalg.norm(2 * (x_hat - x).detach().double().numpy() / x.numel())
-    adversarial = 0.6 / math.sqrt(2 * 4 * 4)
-    shares = tv.gradient_shares(terms, x_hat)
-    total = pixel + adversarial
-    assert shares == pytest.approx({"pixel": pixel / total, "adversarial": adversarial / total}, rel=1e-5)
+def test_gradient_shares_of_the_real_terms(gradient_shares):
+    """l2 and the adversarial term: |3 x 2 (x_hat - x) / n| and lambda |grad of the mean logit|, within the rounding."""
+    shares, run, x = gradient_shares(None, 0.6)
+    x_hat = run.state.generator(x, return_dict=False)[0].detach().requires_grad_()
+    run.state.discriminator(x_hat).mean().backward()
+    pixel = 3 * np.linalg.norm(2 * (x_hat.detach() - x).double().numpy() / x.numel())
+    adversarial = 0.6 * x_hat.grad.norm().item()
+    assert 0.2 < pixel / (pixel + adversarial) < 0.8
+    expected = {"pixel": pixel / (pixel + adversarial), "adversarial": adversarial / (pixel + adversarial)}
+    found = {name: float(share.removesuffix("%")) / 100 for name, share in shares.items()}
+    assert found == pytest.approx(expected, abs=0.0051)
 
 
 # ---- The perceptual loss
@@ -263,9 +273,11 @@ def images(n=2, side=64, seed=0):
     return x, (x + 0.2 * torch.randn(x.shape, generator=rng)).clamp(-1, 1)
 
 
-def build(name="test_resnet", layers=None, resolution=64):
+def build(name="test_resnet"):
+    stages = choose_stages(name)
+    heads = lpips_heads(stages) if name == "vgg16" else ()
     torch.manual_seed(0)
-    return tv.PerceptualLoss(name, layers, "random", resolution)
+    return tv.PerceptualLoss(TimmFeatures(name, stages, "random"), heads)
 
 
 def shuffled_norms(backbone):
@@ -291,9 +303,9 @@ def numpy_distance(targets, maps):
 def test_perceptual_loss_equals_numpy_on_raw_feature_maps(name):
     """Features from timm directly. Red when channels are averaged, layers summed, or features not normalised."""
     loss = build(name)
-    shuffled_norms(loss.backbone)
+    shuffled_norms(loss.features.backbone)
     reference = timm.create_model(name, pretrained=False, features_only=True).eval()
-    reference.load_state_dict(loss.backbone.state_dict())
+    reference.load_state_dict(loss.features.backbone.state_dict())
     config = reference.pretrained_cfg
     mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     x, x_hat = images()
@@ -335,23 +347,23 @@ class Recorder(nn.Module):
 def test_images_enter_the_backbone_with_its_own_mean_and_std(name, mean, std):
     """Black and white in each channel, written out. Red when `/ 2 + 0.5` is left out, or mean and std are fixed."""
     loss = build(name)
-    loss.backbone = Recorder()
+    loss.features.backbone = Recorder()
     for signed, unit in [(-1, 0.0), (1, 1.0), (0, 0.5)]:
-        loss.features(torch.full((1, 3, 8, 8), float(signed)))
+        loss.normalised(torch.full((1, 3, 8, 8), float(signed)))
         expected = [(unit - m) / s for m, s in zip(mean, std)]
-        assert loss.backbone.seen[0, :, 4, 4].tolist() == pytest.approx(expected, abs=1e-5)
+        assert loss.features.backbone.seen[0, :, 4, 4].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_gradient_is_finite_where_all_channels_are_zero():
     """A black position after the model's mean: features exactly 0. Red when epsilon moves outside the root."""
     loss = build("test_resnet")  # mean 0.5: 0 in [-1, 1] becomes 0
-    loss.backbone = Recorder()
+    loss.features.backbone = Recorder()
     x, x_hat = images(1, 8)
     x_hat = x_hat.clone()
     x_hat[:, :, :4] = 0
     x_hat.requires_grad_()
     value = loss(x, x_hat)
-    assert (loss.backbone.seen == 0).all(dim=1).sum() == 4 * 8
+    assert (loss.features.backbone.seen == 0).all(dim=1).sum() == 4 * 8
     value.backward()
     assert value.isfinite() and x_hat.grad.isfinite().all()
     assert x_hat.grad[:, :, 4:].abs().max() > 0
@@ -370,35 +382,35 @@ def test_no_gradient_on_the_backbone_and_none_through_the_target():
 
 def training_shows(loss):
     """Whether a forward pass changes the backbone's statistics, or one image's features depend on its neighbour."""
-    before = {name: tensor.clone() for name, tensor in loss.backbone.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in loss.features.backbone.state_dict().items()}
     x, x_hat = images()
     alone = loss(x[:1], x_hat[:1]) + loss(x[1:], x_hat[1:])
     together = loss(x, x_hat)
-    moved = any(not torch.equal(before[name], tensor) for name, tensor in loss.backbone.state_dict().items())
+    moved = any(not torch.equal(before[name], tensor) for name, tensor in loss.features.backbone.state_dict().items())
     return moved or not torch.allclose(alone / 2, together, rtol=1e-4)
 
 
 def test_backbone_is_in_eval_mode():
     """Red when `.eval()` is left out."""
     loss = build()
-    shuffled_norms(loss.backbone)
-    assert any(isinstance(module, nn.BatchNorm2d) for module in loss.backbone.modules())
+    shuffled_norms(loss.features.backbone)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in loss.features.backbone.modules())
     assert not training_shows(loss)
 
 
 def test_backbone_stays_in_eval_mode_when_a_parent_trains():
     parent = nn.ModuleList([build()])
-    shuffled_norms(parent[0].backbone)
+    shuffled_norms(parent[0].features.backbone)
     parent.train()
     assert not training_shows(parent[0])
 
 
 def test_arithmetic_is_fp32_under_bf16_autocast():
-    """Raw maps in bf16, the distance as numpy has it in float64. Red when `at_least_fp32` is left out of features."""
+    """Raw maps in bf16, the distance as numpy has it in float64. Red when `normalised` leaves `at_least_fp32` out."""
     loss = build()
-    shuffled_norms(loss.backbone)
+    shuffled_norms(loss.features.backbone)
     maps = []
-    loss.backbone.register_forward_hook(lambda module, inputs, outputs: maps.append(outputs))
+    loss.features.backbone.register_forward_hook(lambda module, inputs, outputs: maps.append(outputs))
     x, x_hat = images()
     x_hat.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -415,20 +427,22 @@ def test_backbones_of_fixed_size_get_images_of_that_size():
     """64 pixels into a model that only takes 160. Red when the resizing is left out, or its antialiasing."""
     loss = build("test_vit")
     sizes = []
-    loss.backbone.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[-2:]))
+    loss.features.backbone.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[-2:]))
     x, x_hat = images()
     assert loss(x, x_hat).item() > 0
     assert sizes == [(160, 160)] * 2
-    loss.backbone = Recorder()
+    loss.features.backbone = Recorder()
     checkers = (torch.arange(480).view(-1, 1) + torch.arange(480)) % 2 * 2.0 - 1
-    loss.features(checkers.expand(1, 3, 480, 480))
-    assert loss.backbone.seen.abs()[..., 2:-2, 2:-2].max() < 0.3  # averaged to grey, not sampled as black and white
+    loss.normalised(checkers.expand(1, 3, 480, 480))
+    assert (
+        loss.features.backbone.seen.abs()[..., 2:-2, 2:-2].max() < 0.3
+    )  # averaged to grey, not sampled as black and white
 
 
 @pytest.fixture(scope="module")
 def vgg16():
     loss = build("vgg16")
-    for convolution in loss.backbone.children():
+    for convolution in loss.features.backbone.children():
         if isinstance(convolution, nn.Conv2d):
             nn.init.normal_(convolution.bias, std=0.1)
     return loss
@@ -436,7 +450,7 @@ def vgg16():
 
 def torchmetrics_lpips(vgg16, monkeypatch):
     """torchmetrics' LPIPS with its own heads on our random trunk."""
-    trunk = nn.Sequential(*vgg16.backbone.children())
+    trunk = nn.Sequential(*vgg16.features.backbone.children())
     monkeypatch.setattr(lpips, "_get_tv_model_features", lambda *args: trunk)
     reference = lpips._LPIPS(pretrained=True, net="vgg", pnet_rand=True)
     assert [len(part) for part in (reference.net.slice1, reference.net.slice5)] == [4, 7]
@@ -458,11 +472,11 @@ def test_lpips_heads_follow_the_layers_asked_for(vgg16, monkeypatch):
     """Two of the five layers: the sum of their parts. Red when heads are taken from the front of the list."""
     reference = torchmetrics_lpips(vgg16, monkeypatch)
     x, x_hat = images()
-    heads = tv.lpips_heads(["features.8", "features.22"])
+    heads = lpips_heads([1, 3])
     with torch.no_grad():
         parts = reference(x, x_hat, retperlayer=True)[1]
-        t, f = vgg16.features(x), vgg16.features(x_hat)
+        t, f = vgg16.normalised(x), vgg16.normalised(x_hat)
         ours = sum((w * (t[i] - f[i]) ** 2).sum(1).mean() for w, i in zip(heads, (1, 3)))
     assert ours.item() == pytest.approx((parts[1] + parts[3]).mean().item(), rel=1e-4)
-    with pytest.raises(tv.UserError, match=r"features\.3, features\.8, features\.15"):
-        tv.lpips_heads(["features.5"])
+    with pytest.raises(ValueError, match=r"features\.3, features\.8, features\.15"):
+        lpips_heads([5])

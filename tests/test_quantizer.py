@@ -1,6 +1,7 @@
-"""The codebook: search, straight-through gradients, k-means, restarts, EMA, and the plain VQModel that is exported."""
+"""The codebook: search, gradients, its terms, restarts, statistics, export, and another quantiser in its place."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from conftest import TINY_MODEL, equal, metrics, weights
 from diffusers.models.autoencoders.vae import VectorQuantizer
 
 import train_vqgan as tv
+
+CODES, DIM = TINY_MODEL["num_vq_embeddings"], TINY_MODEL["vq_embed_dim"]
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -147,51 +151,62 @@ def test_forward_gives_the_nearest_codes_in_place(norm):
     assert z_q.dtype == codes.z.dtype == codes.e.dtype == torch.float32
 
 
-def test_straight_through_gradient_without_norm_is_the_identity():
-    """Red when the straight-through `.detach()` is dropped: the codebook would move with the reconstruction."""
-    quantizer = quantizer_with(unequal_codes(12, 4, dtype=torch.float64), "none")
-    z = grid(random(30, 4, dtype=torch.float64), 2, 3, 5).requires_grad_()
-    slope = random(2, 4, 3, 5, seed=3, dtype=torch.float64)
-    (quantizer(z)[0] * slope).sum().backward()
-    torch.testing.assert_close(z.grad, slope)
-    assert quantizer.embedding.weight.grad is None or quantizer.embedding.weight.grad.abs().max() == 0
+@pytest.mark.parametrize("norm", ["none", "l2"])
+def test_straight_through_gradient(norm):
+    """Of the latents as they are, or with l2 of their direction: (g - u u.g) / |z| with u = z / |z|, in numpy.
 
-
-def test_straight_through_gradient_with_l2_is_that_of_the_direction():
-    """(g - u u.g) / |z| with u = z / |z|, in numpy. Red when `through` stays z."""
-    quantizer = quantizer_with(unequal_codes(12, 4, dtype=torch.float64), "l2")
+    Red when the straight-through `.detach()` is dropped (the codebook would move with the reconstruction), or `through`
+    stays z.
+    """
+    quantizer = quantizer_with(unequal_codes(12, 4, dtype=torch.float64), norm)
     z = random(30, 4, dtype=torch.float64).requires_grad_()
     slope = random(30, 4, seed=3, dtype=torch.float64)
     (quantizer(grid(z, 2, 3, 5))[0] * grid(slope, 2, 3, 5)).sum().backward()
-    length = np.linalg.norm(z.detach().numpy(), axis=1, keepdims=True)
-    u, g = z.detach().numpy() / length, slope.numpy()
-    expected = (g - u * (u * g).sum(axis=1, keepdims=True)) / length
+    expected = slope.numpy()
+    if norm == "l2":
+        length = np.linalg.norm(z.detach().numpy(), axis=1, keepdims=True)
+        u = z.detach().numpy() / length
+        expected = (expected - u * (u * expected).sum(axis=1, keepdims=True)) / length
     np.testing.assert_allclose(z.grad.numpy(), expected, rtol=1e-9, atol=1e-12)
-    assert quantizer.embedding.weight.grad is None or quantizer.embedding.weight.grad.abs().max() == 0
+    assert quantizer.embedding.weight.grad is None or not quantizer.embedding.weight.grad.any()
 
 
 @pytest.mark.parametrize("norm", ["none", "l2"])
-def test_codebook_and_commitment_gradients_through_codes(norm):
-    """Codes.e leads to the chosen rows only, through their norm with l2; Codes.z to the latents as they are.
+def test_codebook_and_commitment_terms(norm):
+    """Values in numpy. The codebook term moves the chosen rows only, through their norm with l2; the commitment term
+    moves the latents as they are.
 
-    Red when Codes holds a detached e, or scaled z.
+    Red when a `.detach()` is dropped or moved over, the weights are exchanged, or Codes holds a detached e or scaled z.
     """
     weight = unequal_codes(12, 4, dtype=torch.float64)
-    quantizer = quantizer_with(weight, norm)
-    z = random(30, 4, dtype=torch.float64).requires_grad_()
+    quantizer = tv.Quantizer(12, 4, norm, codebook_weight=1.5, commitment_weight=0.5).double()
+    quantizer.embedding.weight.data = weight.clone()
+    latents = random(30, 4, dtype=torch.float64)
+    z = latents.clone().requires_grad_()
     codes = quantizer(grid(z, 2, 3, 5))[1]
-    slope = random(30, 4, seed=3, dtype=torch.float64)
-    (codes.e * slope).sum().backward()
+    assert {name: (term.weight, term.on) for name, term in codes.terms.items()} == {
+        "codebook": (1.5, "latents"),
+        "commitment": (0.5, "latents"),
+    }
+    length = np.linalg.norm(weight.numpy(), axis=1, keepdims=True) if norm == "l2" else np.ones((12, 1))
+    u = weight.numpy() / length
+    chosen = u[codes.indices.numpy()]
+    np.testing.assert_allclose(codes.e.detach().numpy(), chosen, rtol=1e-12)
+    np.testing.assert_allclose(codes.z.detach().numpy(), latents.numpy(), rtol=0)
+    for term in codes.terms.values():
+        assert term.value.item() == pytest.approx(((latents.numpy() - chosen) ** 2).mean(), rel=1e-12)
+    codes.terms["codebook"].value.backward(retain_graph=True)
+    assert z.grad is None or not z.grad.any()
+    slope = 2 * (chosen - latents.numpy()) / latents.numel()
     g = np.zeros((12, 4))
-    np.add.at(g, codes.indices.numpy(), slope.numpy())
+    np.add.at(g, codes.indices.numpy(), slope)
     if norm == "l2":
-        length = np.linalg.norm(weight.numpy(), axis=1, keepdims=True)
-        u = weight.numpy() / length
         g = (g - u * (u * g).sum(axis=1, keepdims=True)) / length
     np.testing.assert_allclose(quantizer.embedding.weight.grad.numpy(), g, rtol=1e-9, atol=1e-12)
-    assert z.grad is None or z.grad.abs().max() == 0
-    (codes.z * slope).sum().backward()
-    torch.testing.assert_close(z.grad, slope)
+    quantizer.embedding.weight.grad = None
+    codes.terms["commitment"].value.backward()
+    np.testing.assert_allclose(z.grad.numpy(), -slope, rtol=1e-9, atol=1e-12)
+    assert quantizer.embedding.weight.grad is None or not quantizer.embedding.weight.grad.any()
 
 
 @pytest.mark.parametrize("norm", ["none", "l2"])
@@ -231,6 +246,12 @@ def generator_and_args(flags, *more):
     return tv.build_generator(args), args
 
 
+def training_state(generator, args):
+    accelerator = Accelerator(cpu=True)
+    schedule = tv.Schedule(args, images_per_step=2, n_images=7)
+    return tv.TrainingState(generator, tv.build_discriminator(args), schedule, args, accelerator)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_vqmodel_hands_codes_through_its_loss_slot(flags, precision):
     """Also when accelerate wraps the forward pass. Red when `forward` returns anything else in second place."""
@@ -256,80 +277,32 @@ def test_vqmodel_hands_codes_through_its_loss_slot(flags, precision):
 )
 def test_each_term_moves_its_part_of_the_model(flags, term, moved):
     """Every parameter of these parts and no other. Red when Codes or the straight-through is detached, or e is not."""
-    weights = {"pixel": 0, "perceptual": 0, "codebook": 0, "commitment": 0, term: 1}
-    generator, args = generator_and_args(flags, *(f"--{name}_weight={weight}" for name, weight in weights.items()))
+    others = {"pixel": 0, "perceptual": 0, "codebook": 0, "commitment": 0, term: 1}
+    generator, args = generator_and_args(flags, *(f"--{name}_weight={weight}" for name, weight in others.items()))
     x = random(2, 3, 16, 16)
     x_hat, codes = generator(x, return_dict=False)
-    tv.generator_loss(x, x_hat, codes, None, None, args, 0.0)[0].backward()
+    tv.weighted_sum(tv.generator_loss(x, x_hat, codes, None, None, args, 0.0)).backward()
     gradients = {name: 0.0 if p.grad is None else p.grad.abs().max().item() for name, p in generator.named_parameters()}
     assert {name for name, size in gradients.items() if size > 0} == {n for n in gradients if n.split(".")[0] in moved}
 
 
-# ---- k-means
-
-
-def clusters(norm, k=6, each=50):
-    """Well separated clusters: points [k x each, 3] in random order, centres [k, 3]."""
-    centres = F.normalize(random(k, 3, seed=8), dim=1) * 10
-    distances = torch.cdist(F.normalize(centres, dim=1), F.normalize(centres, dim=1)) + 2 * torch.eye(k)
-    assert distances.min() > 0.5
-    points = centres.repeat_interleave(each, 0) + 0.05 * random(k * each, 3, seed=9)
-    if norm == "l2":
-        points = points * (0.2 + random(k * each, 1, seed=10).abs())
-    return points[torch.randperm(k * each, generator=torch.Generator().manual_seed(2))], centres
-
-
 @pytest.mark.parametrize("norm", ["none", "l2"])
-def test_kmeans_finds_well_separated_clusters(norm):
-    """Twice as many centres as clusters: none is missed. Red when the loop, or for norm none the division, is left out."""
-    points, centres = clusters(norm)
-    means = tv.kmeans(points, 12, 20, norm, torch.Generator().manual_seed(0))
-    onto = F.normalize(points, dim=1) if norm == "l2" else points
-    error = torch.cdist(onto, means).amin(1).square().mean()
-    radius = (onto - (F.normalize(centres, dim=1) if norm == "l2" else centres)[_nearest(onto, centres)]).norm(dim=1)
-    assert means.shape == (12, 3)
-    assert error < radius.square().mean()  # at least as good as the true centres
-    drawn = onto[torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:12]]
-    assert error < 0.7 * torch.cdist(onto, drawn).amin(1).square().mean()  # better than points drawn at random
-
-
-def _nearest(points, centres):
-    return (F.normalize(points, dim=1) @ F.normalize(centres, dim=1).T).argmax(1)
-
-
-def test_kmeans_stops_at_the_means_of_its_clusters():
-    """Lloyd's fixed point, checked in numpy. Red when sums are not divided by counts."""
-    points, _ = clusters("none")
-    means = tv.kmeans(points, 12, 50, "none", torch.Generator().manual_seed(0)).numpy()
-    nearest = ((points.numpy()[:, None] - means[None]) ** 2).sum(2).argmin(1)
-    assert len(set(nearest)) == 12
-    for k in range(12):
-        np.testing.assert_allclose(means[k], points.numpy()[nearest == k].mean(0), rtol=1e-4, atol=1e-4)
-
-
-def test_kmeans_on_the_sphere_gives_unit_rows():
-    """Also after the mean of a wide cluster. Red when the centres are not normalised again."""
-    means = tv.kmeans(random(200, 4) * 5, 6, 5, "l2", torch.Generator().manual_seed(0))
-    torch.testing.assert_close(means.norm(dim=1), torch.ones(6))
-
-
-@pytest.mark.parametrize("norm", ["none", "l2"])
-def test_kmeans_with_fewer_points_than_centres(norm):
-    """Every point is a centre, copies differ a little. Red when the noise or the `repeat` is left out."""
-    points = random(5, 4) * 3
-    means = tv.kmeans(points, 16, 5, norm, torch.Generator().manual_seed(0))
-    onto = F.normalize(points, dim=1) if norm == "l2" else points
-    assert means.shape == (16, 4) and means.isfinite().all()
-    assert torch.cdist(onto, means).amin(1).max() < 0.1 * onto.std()
-    assert torch.cdist(means, onto).amin(1).max() < 0.1 * onto.std()
-    assert len(means.unique(dim=0)) == 16
-
-
-def test_kmeans_is_drawn_from_its_generator_alone():
-    """Every process must get the same codes. Red when `generator=` is left out of `randperm`."""
-    points = random(100, 4)
-    first, again, other = (tv.kmeans(points, 16, 1, "l2", torch.Generator().manual_seed(s)) for s in (3, 3, 4))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+@pytest.mark.parametrize("init", ["sphere", "uniform"])
+def test_initial_codes(flags, init, norm):
+    """Unit length in every direction, or diffusers' own, drawn by seed. Red when the flag is ignored."""
+    drawn = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        args = tv.parse_args([*flags, "--codebook_init", init, "--codebook_norm", norm])
+        drawn.append(tv.build_generator(args).quantize.embedding.weight.detach())
+    codes, again, other = drawn
+    assert torch.equal(codes, again) and not torch.equal(codes, other)
+    if init == "sphere":
+        torch.testing.assert_close(codes.norm(dim=1), torch.ones(CODES))
+    else:
+        assert 0.9 / CODES < codes.abs().max() <= 1 / CODES
+    assert codes.mean(0).norm() < 2 * codes.square().sum(1).mean().sqrt() / CODES**0.5
+    assert codes.unique(dim=0).shape == (CODES, DIM)
 
 
 # ---- Export
@@ -402,10 +375,9 @@ def test_plain_vqmodel_gives_the_same_images(flags, tmp_path, norm, latent_scale
 @pytest.mark.parametrize("norm", ["none", "l2"])
 def test_plain_vqmodel_of_the_ema_weights(flags, tmp_path, norm):
     """Inside as_exported the EMA is exported, afterwards the weights. Red when the swap, or one of the two, is gone."""
-    generator, args = generator_and_args(flags, "--codebook_norm", norm)
+    generator, args = generator_and_args(flags, "--codebook_norm", norm, "--use_ema")
     striking(generator)
-    state = tv.TrainingState(generator, tv.build_discriminator(args), args, torch.device("cpu"))
-    state.start_ema(0.9)
+    state = training_state(generator, args)
     for i, shadow in enumerate(state.ema.shadow_params):
         shadow += 0.3 * shadow.std().nan_to_num(0.1) * random(*shadow.shape, seed=i)
     generator.eval()
@@ -447,40 +419,39 @@ def test_exported_weights_do_not_follow_the_training(flags):
 
 def test_as_exported_swaps_back_after_an_exception(flags):
     """Red when the second swap is not in a `finally`."""
-    generator, args = generator_and_args(flags)
-    state = tv.TrainingState(generator, tv.build_discriminator(args), args, torch.device("cpu"))
-    state.start_ema(0.9)
+    generator, args = generator_and_args(flags, "--use_ema")
+    state = training_state(generator, args)
     with torch.no_grad():
         for shadow in state.ema.shadow_params:
             shadow.add_(1)
-    weights = [p.detach().clone() for p in generator.parameters()]
+    before = [p.detach().clone() for p in generator.parameters()]
     shadows = [s.clone() for s in state.ema.shadow_params]
     identities = [id(p) for p in generator.parameters()]
     with pytest.raises(KeyError), tv.as_exported(state):
         assert all(torch.equal(p, s) for p, s in zip(generator.parameters(), shadows))
         raise KeyError
-    assert all(torch.equal(p, w) for p, w in zip(generator.parameters(), weights))
+    assert all(torch.equal(p, w) for p, w in zip(generator.parameters(), before))
     assert all(torch.equal(a, b) for a, b in zip(state.ema.shadow_params, shadows))
     assert [id(p) for p in generator.parameters()] == identities  # the optimiser still owns them
 
 
 def test_as_exported_without_ema_changes_nothing(flags):
     generator, args = generator_and_args(flags)
-    state = tv.TrainingState(generator, tv.build_discriminator(args), args, torch.device("cpu"))
-    weights = [p.detach().clone() for p in generator.parameters()]
+    state = training_state(generator, args)
+    assert state.ema is None
+    before = [p.detach().clone() for p in generator.parameters()]
     with tv.as_exported(state):
-        assert all(torch.equal(p, w) for p, w in zip(generator.parameters(), weights))
+        assert all(torch.equal(p, w) for p, w in zip(generator.parameters(), before))
 
 
 # ---- Dead codes
 
-CODES, DIM = 32, 4
 DEAD = [0, 5, 6, 31]
 
 
 def moving_parts(state):
     """Copies of everything of the codebook that training moves, and of all other weights."""
-    weight = state.quantizer.embedding.weight
+    weight = state.generator.quantize.embedding.weight
     moments = state.optimizers["generator"].optimizer.state[weight]
     shadow = next(s for s, p in zip(state.ema.shadow_params, state.generator.parameters()) if p is weight)
     others = [p.detach().clone() for p in state.generator.parameters() if p is not weight]
@@ -494,14 +465,11 @@ def moving_parts(state):
 
 @pytest.fixture
 def trained(flags):
-    """trained(norm) -> accelerator, state after two updates, with codes DEAD chosen rarely or never."""
+    """trained(norm) -> state after two updates, with codes DEAD chosen rarely or never."""
 
     def build(norm="l2", tokens=1000 * CODES):
-        generator, args = generator_and_args(flags, "--codebook_norm", norm)
-        accelerator = Accelerator(cpu=True)
-        state = tv.TrainingState(generator, tv.build_discriminator(args), args, accelerator.device)
-        state.start_ema(0.9)
-        state.optimizers = {k: accelerator.prepare_optimizer(v) for k, v in state.optimizers.items()}
+        generator, args = generator_and_args(flags, "--codebook_norm", norm, "--use_ema", "--ema_decay", "0.9")
+        state = training_state(generator, args)
         for i in range(2):
             for j, p in enumerate(generator.parameters()):
                 p.grad = random(*p.shape, seed=100 * i + j)
@@ -510,30 +478,30 @@ def trained(flags):
         counts = torch.full((CODES,), 1100)
         counts[DEAD] = torch.tensor([0, 20, 0, 1])  # 2 % of uniform use and less
         counts[[1, 30]] = torch.tensor([50, 60])  # 5 % and more: rare, not dead
-        state.restart_counts += counts
-        state.restart_tokens = tokens
+        state.codes.since_restart += counts
+        state.codes.tokens = tokens
         state.step = 7
         parts = moving_parts(state)
         assert parts.weight.shape == (CODES, DIM) and parts.steps == 2
         assert all((part[DEAD] != 0).all() for part in (parts.mean, parts.square))
         assert not torch.equal(parts.ema, parts.weight)
-        return accelerator, state
+        return state
 
     return build
 
 
-def restart(accelerator, state, z):
-    state.recent = z
-    tv.restart_dead_codes(accelerator, state)
+def restart(state, z):
+    state.codes.latents = z
+    state.codes.restart_dead_codes(Accelerator(cpu=True), state)
 
 
 @pytest.mark.parametrize("norm", ["none", "l2"])
 def test_dead_codes_move_onto_latents_and_live_ones_stay(trained, norm):
     """Red when a moment or the EMA row stays, a live row moves, or (l2) latents are not scaled to unit length."""
-    accelerator, state = trained(norm)
+    state = trained(norm)
     z = random(500, DIM, seed=4) * 3
     before = moving_parts(state)
-    restart(accelerator, state, z)
+    restart(state, z)
     after = moving_parts(state)
     live = [i for i in range(CODES) if i not in DEAD]
     pool = F.normalize(z, dim=1) if norm == "l2" else z
@@ -550,71 +518,74 @@ def test_dead_codes_move_onto_latents_and_live_ones_stay(trained, norm):
 
 def test_restart_empties_its_counters(trained):
     """Red when one of them is not reset."""
-    accelerator, state = trained()
-    restart(accelerator, state, random(500, DIM))
-    assert state.restart_tokens == 0 and not state.restart_counts.any()
-    moved = state.averages.read(accelerator)
+    state = trained()
+    restart(state, random(500, DIM))
+    assert state.codes.tokens == 0 and not state.codes.since_restart.any()
+    moved = state.averages.read(Accelerator(cpu=True))
     assert moved["codebook/restarted"] == len(DEAD)
 
 
 @pytest.mark.parametrize("tokens, acts", [(1, False), (1.3, False), (1.5, True), (8, True)])
 def test_no_restart_when_codes_may_just_be_unlucky(trained, tokens, acts):
-    """Half of the codes unused is twice chance, exp(-tokens / codes), at 1.39 tokens a code. Red when the check, or its 2, is gone."""
-    accelerator, state = trained(tokens=round(tokens * CODES))
-    state.restart_counts.fill_(0)
-    state.restart_counts[: CODES // 2] = 1000
-    before, counts = moving_parts(state), state.restart_counts.clone()
-    restart(accelerator, state, random(500, DIM))
+    """Half of the codes unused is twice chance, exp(-tokens / codes), at 1.39 tokens a code.
+
+    Red when the check, or its 2, is gone.
+    """
+    state = trained(tokens=round(tokens * CODES))
+    state.codes.since_restart.fill_(0)
+    state.codes.since_restart[: CODES // 2] = 1000
+    before, counts = moving_parts(state), state.codes.since_restart.clone()
+    restart(state, random(500, DIM))
     after = moving_parts(state)
     for part in ("weight", "ema", "mean", "square"):
         assert torch.equal(getattr(after, part), getattr(before, part)) != acts, part
-    assert (state.restart_tokens == round(tokens * CODES) and torch.equal(state.restart_counts, counts)) != acts
+    assert (state.codes.tokens == round(tokens * CODES) and torch.equal(state.codes.since_restart, counts)) != acts
 
 
 @pytest.mark.parametrize("tokens, acts", [(7, False), (8, True)])
 def test_counting_begins_anew_at_the_latest_after_eight_tokens_a_code(trained, tokens, acts):
-    """Though nothing is dead. Red when it waits for a dead code: then it would take ever longer to see one."""
-    accelerator, state = trained(tokens=tokens * CODES)
-    state.restart_counts.fill_(1000)
-    restart(accelerator, state, random(500, DIM))
-    assert (state.restart_tokens == 0) == acts and (not state.restart_counts.any()) == acts
+    """Though nothing is dead, and so nothing changes.
 
-
-def test_no_dead_codes_no_change(trained):
-    accelerator, state = trained()
-    state.restart_counts.fill_(1000)
+    Red when it waits for a dead code: then it would take ever longer to see one.
+    """
+    state = trained(tokens=tokens * CODES)
+    state.codes.since_restart.fill_(1000)
     before = moving_parts(state)
-    restart(accelerator, state, random(500, DIM))
+    restart(state, random(500, DIM))
+    assert (state.codes.tokens == 0) == acts and (not state.codes.since_restart.any()) == acts
     after = moving_parts(state)
     for part in ("weight", "ema", "mean", "square"):
-        assert torch.equal(getattr(after, part), getattr(before, part))
+        assert torch.equal(getattr(after, part), getattr(before, part)), part
 
 
 def test_more_dead_codes_than_latents(trained):
-    """Each latent for one code, the other codes wait. Red when latents are taken in turn: equal codes are never chosen."""
-    accelerator, state = trained("none")
-    state.restart_counts.zero_()
-    state.restart_counts[3] = 32000
+    """Each latent for one code, the other codes wait.
+
+    Red when latents are taken in turn: equal codes are never chosen.
+    """
+    state = trained("none")
+    state.codes.since_restart.zero_()
+    state.codes.since_restart[3] = 32000
     z = random(5, DIM, seed=4)
-    before = state.quantizer.embedding.weight.detach().clone()
-    restart(accelerator, state, z)
-    weight = state.quantizer.embedding.weight.detach()
+    before = state.generator.quantize.embedding.weight.detach().clone()
+    restart(state, z)
+    weight = state.generator.quantize.embedding.weight.detach()
     moved = (weight != before).any(1)
     assert moved.sum() == 5 and not moved[3]
     distances = torch.cdist(weight[moved].double(), z.double())
     assert distances.amin(1).max() < 1e-6 and len(set(distances.argmin(1).tolist())) == 5
-    assert state.averages.read(accelerator)["codebook/restarted"] == 5
+    assert state.averages.read(Accelerator(cpu=True))["codebook/restarted"] == 5
 
 
 def test_latents_of_the_last_steps_are_kept(train, monkeypatch):
-    """One for each of 32 codes though a micro-batch has 128, the latest ones. Red when the first ones, or all, are kept."""
+    """One for each of 32 codes though a micro-batch has 128: the latest. Red when the first ones, or all, are kept."""
     seen = []
     step = tv.generator_step
 
-    def spy(accelerator, generator, state, *rest):
-        kept = step(accelerator, generator, state, *rest)
-        seen.append(state.recent.clone())
-        return kept
+    def spy(run, *rest):
+        pairs = step(run, *rest)
+        seen.append(run.state.codes.latents.clone())
+        return pairs
 
     monkeypatch.setattr(tv, "generator_step", spy)
     train("--codebook_restart_steps", "1000", "--max_train_steps", "3")
@@ -625,23 +596,23 @@ def test_restart_is_the_same_on_every_process_and_another_at_every_step(trained)
     """Whatever the global generator says. Red when `generator=` is left out of `randperm`."""
     drawn = []
     for step, seed in [(7, 0), (7, 1), (8, 1)]:
-        accelerator, state = trained()
+        state = trained()
         state.step = step
         torch.manual_seed(seed)
-        restart(accelerator, state, random(500, DIM))
-        drawn.append(state.quantizer.embedding.weight.detach().clone())
+        restart(state, random(500, DIM))
+        drawn.append(state.generator.quantize.embedding.weight.detach().clone())
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
 
 
 def test_restarted_codes_train_on(trained):
     """The search can choose every moved code, and the optimiser steps on from zero. Red when moments stay."""
-    accelerator, state = trained("l2")
+    state = trained("l2")
     z = random(500, DIM, seed=4)
-    restart(accelerator, state, z)
+    restart(state, z)
     with torch.no_grad():
-        chosen = state.quantizer(grid(z, 1, 20, 25))[1].indices
+        chosen = state.generator.quantize(grid(z, 1, 20, 25))[1].indices
     assert set(DEAD) <= set(chosen.tolist())
-    weight = state.quantizer.embedding.weight
+    weight = state.generator.quantize.embedding.weight
     before = weight.detach().clone()
     weight.grad = torch.ones_like(weight)
     state.optimizers["generator"].step()
@@ -652,61 +623,149 @@ def test_restarted_codes_train_on(trained):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_restart_does_not_take_latents_that_are_not_finite(trained, bad):
     """One NaN code is nearest to everything, for ever."""
-    accelerator, state = trained("none")
+    state = trained("none")
     z = random(20, DIM, seed=4)
     z[1::2] = bad
-    state.restart_counts.zero_()
-    state.restart_counts[3] = 32000
-    restart(accelerator, state, z)
-    assert state.quantizer.embedding.weight.isfinite().all()
+    state.codes.since_restart.zero_()
+    state.codes.since_restart[3] = 32000
+    restart(state, z)
+    assert state.generator.quantize.embedding.weight.isfinite().all()
 
 
-# ---- Initialisation from data
+# ---- Statistics
 
 
-@pytest.fixture
-def initialised(flags, photos):
-    """initialised(norm) -> state, latents [tokens, dim] of the first images, weights before."""
-
-    def build(norm, *more):
-        generator, args = generator_and_args(flags, "--codebook_norm", norm, *more)
-        accelerator = Accelerator(cpu=True)
-        state = tv.TrainingState(generator, tv.build_discriminator(args), args, accelerator.device)
-        generator.quant_conv.weight.data *= 5
-        generator.quant_conv.bias.data += 3  # latents lie nowhere near the codes
-        before = state.quantizer.embedding.weight.detach().clone()
-        items = tv.list_images("train_data_dir", photos)
-        torch.seed()  # the global generator has no say
-        tv.initialise_codebook(accelerator, state, items, args)
-        images = torch.stack([tv.SampleStream(items, args)[g] for g in range(2)])
-        x = tv.to_signed(images, "cpu")
-        with torch.no_grad():
-            z = generator.encode(x / 2 + 0.5 if args.pixel_range == "unit" else x).latents
-        return state, z.permute(0, 2, 3, 1).reshape(-1, DIM), before
-
-    return build
+def statistics():
+    return tv.CodeStatistics(tv.Quantizer(CODES, DIM, "none"), True, Accelerator(cpu=True))
 
 
-@pytest.mark.parametrize("pixel_range", ["signed", "unit"])
-@pytest.mark.parametrize("norm", ["none", "l2"])
-def test_initial_codes_lie_among_the_latents(initialised, norm, pixel_range):
-    """The first batch holds enough. Red when the range of the pixels is ignored, or the codes are not copied."""
-    state, z, before = initialised(norm, "--pixel_range", pixel_range)
-    codes = state.quantizer.embedding.weight.detach()
-    pool = F.normalize(z, dim=1) if norm == "l2" else z
-    assert codes.requires_grad is False and state.quantizer.embedding.weight.requires_grad
-    error = torch.cdist(pool, codes).amin(1).square().mean()
-    assert torch.cdist(pool, before).amin(1).square().mean() > 20 * error
-    drawn = pool[torch.randperm(len(pool), generator=torch.Generator().manual_seed(0))[:CODES]]
-    assert error < torch.cdist(pool, drawn).amin(1).square().mean()  # better than latents drawn at random
-    assert torch.cdist(codes, pool).amin(1).max() < torch.cdist(pool, pool).median()
-    if norm == "l2":
-        torch.testing.assert_close(codes.norm(dim=1), torch.ones(CODES))
-    chosen = state.quantizer(grid(z, 2, 8, 8))[1].indices
-    assert chosen.unique().numel() == CODES
+def recorded(into, steps, bad=()):
+    """Record a step for each number, of two micro-batches, wider and further from 0 with the number; those in `bad` are
+    not finite, every second of them in the gradient alone. Returns the latents of the others, in numpy.
+    """
+    kept = []
+    for step in steps:
+        z = random(2, 30, DIM, seed=step) * (1 + step / 20) + step / 40
+        if step not in bad:
+            kept.append(z.numpy().copy())
+        elif step % 2 == 0:
+            z[1, 3, 2] = float("nan")
+        chosen = [tv.Codes(part, part, torch.full((30,), step % CODES), {}) for part in z]
+        into.record(chosen, torch.tensor(step not in bad))
+    return np.concatenate(kept)
 
 
-def test_initial_codes_are_drawn_by_seed(initialised):
-    """Red when k-means draws from the global generator."""
-    first, again, other = (initialised("l2", "--seed", seed)[0].quantizer.embedding.weight for seed in ("3", "3", "4"))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+@pytest.mark.parametrize("steps, bad", [(1, ()), (7, ()), (100, ()), (7, (0, 1, 2)), (97, (3, 50, 99))])
+def test_latent_deviation_is_numpys(steps, bad):
+    """Over all latents of up to 100 steps of equal size, but for those that were not finite.
+
+    Red when the mean is left out, a step is weighted by anything but 1 / (steps so far), or a skipped one counts.
+    """
+    found = statistics()
+    expected = recorded(found, range(steps + len(bad)), bad)
+    assert expected.shape == (2 * steps, 30, DIM)
+    assert found.latent_deviation() == pytest.approx(expected.astype(np.float64).std(), rel=1e-5)
+
+
+def test_latent_deviation_is_that_of_the_last_steps():
+    """600 steps later the first hundred are all but forgotten. Red when every step ever taken counts alike."""
+    found = statistics()
+    for i in range(700):
+        z = random(60, DIM, seed=i) * (3 if i < 100 else 1)
+        found.record([tv.Codes(z, z, torch.zeros(60, dtype=torch.long), {})], torch.tensor(True))
+    assert found.latent_deviation() == pytest.approx(1, rel=0.02)
+
+
+def test_statistics_go_on_where_they_were_saved():
+    """Halves of 40 steps around a state_dict are as the whole.
+
+    Red when steps, moments, latents, tokens or a count is not in it.
+    """
+    accelerator = Accelerator(cpu=True)
+    whole, before, after = statistics(), statistics(), statistics()
+    expected = recorded(whole, range(40), bad=(30,))
+    recorded(before, range(25))
+    after.load_state_dict(before.state_dict(accelerator), accelerator)
+    recorded(after, range(25, 40), bad=(30,))
+    assert after.latent_deviation() == pytest.approx(expected.astype(np.float64).std(), rel=1e-5)
+    ours, theirs = after.state_dict(accelerator), whole.state_dict(accelerator)
+    assert ours.keys() == theirs.keys() and len(ours["latents"]) == CODES
+    for name, value in ours.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name])), name
+    assert after.since_log.sum() == after.since_restart.sum() == 39 * 60
+
+
+# ---- Another quantiser
+
+
+class FiniteScalar(torch.nn.Module):
+    """FSQ (Mentzer et al. 2023, https://arxiv.org/abs/2309.15505): each dimension of a latent is rounded to one of its
+    levels, an odd number of them, evenly spaced around 0; a code is a point of their grid. Nothing is learnt.
+    """
+
+    def __init__(self, levels, spacing):
+        super().__init__()
+        self.spacing = spacing
+        grid = torch.cartesian_prod(*(torch.arange(n) - n // 2 for n in levels)) * spacing
+        strides = torch.tensor([math.prod(levels[i + 1 :]) for i in range(len(levels))])
+        for name, constant in {"last": torch.tensor(levels) // 2, "grid": grid, "strides": strides}.items():
+            self.register_buffer(name, constant, persistent=False)
+
+    def codebook(self):
+        return self.grid
+
+    def forward(self, z):
+        batch, dim, height, width = z.shape
+        z = tv.at_least_fp32(z).permute(0, 2, 3, 1).reshape(-1, dim)
+        places = (z / self.spacing).round().clamp(-self.last, self.last)
+        indices = ((places + self.last) * self.strides).sum(1).long()
+        e = places * self.spacing
+        z_q = (z + (e - z).detach()).reshape(batch, height, width, dim).permute(0, 3, 1, 2).contiguous()
+        return z_q, tv.Codes(z, e, indices, {}), (None, None, indices)
+
+
+LEVELS = [3, 3, 3, 5]
+
+
+def test_another_quantiser_in_one_place(flags, train, monkeypatch, tmp_path):
+    """FSQ, known to build_quantizer alone, trains, is validated, saved, resumed and exported as a plain VQModel that
+    chooses the same codes.
+
+    Red when anything else asks the quantiser for an embedding, or for terms that it does not have.
+    """
+    change_model(flags, num_vq_embeddings=math.prod(LEVELS))
+    monkeypatch.setattr(tv, "build_quantizer", lambda plain, args: FiniteScalar(LEVELS, 0.1))
+    more = [
+        "--codebook_restart_steps",
+        "0",
+        "--use_ema",
+        "--adaptive_weight",
+        "--discriminator_start",
+        "1",
+        "--perceptual_weight",
+        "0",
+    ]
+    more += ["--learning_rate", "1e-2", "--lr_warmup_steps", "0", "--log_steps", "1"]
+    more += ["--validation_fraction", "0.3", "--validation_steps", "2", "--checkpointing_steps", "2"]
+    whole = train(*more, "--max_train_steps", "4", "--output_dir", str(tmp_path / "whole"))
+    more += ["--output_dir", str(tmp_path / "parts")]
+    train(*more, "--max_train_steps", "2")
+    parts = train(*more, "--max_train_steps", "4", "--resume_from_checkpoint", "latest")
+    assert metrics(parts) == metrics(whole)
+    for name in ("generator", "ema", "discriminator"):
+        assert equal(weights(parts, name), weights(whole, name))
+    moved = [not torch.equal(a, weights(whole, step=2)[name]) for name, a in weights(whole).items()]
+    assert sum(moved) > 0.9 * len(moved)
+    assert "loss/codebook" not in metrics(whole)[0] and metrics(whole)[-1]["val/codebook_used_n2"] > 0
+
+    plain = diffusers.VQModel.from_pretrained(whole / "vqmodel")
+    assert type(plain.quantize) is VectorQuantizer and plain.config.num_vq_embeddings == 135
+    ours = FiniteScalar(LEVELS, 0.1)
+    assert torch.equal(plain.quantize.embedding.weight, ours.codebook())
+    with torch.no_grad():
+        latents = plain.encode(random(4, 3, 64, 64).clamp(-1, 1)).latents
+        z_q, codes, _ = ours(latents)
+        theirs, _, (_, _, indices) = plain.quantize(latents)
+    assert codes.indices.unique().numel() > 20
+    assert torch.equal(codes.indices, indices)
+    torch.testing.assert_close(z_q, theirs)

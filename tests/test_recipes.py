@@ -1,4 +1,4 @@
-"""The recipes: each parses as it stands, trains a step, and says where its numbers come from."""
+"""The recipes: each parses as it stands, trains a step, and says where its numbers come from; and how they are read."""
 
 import json
 import re
@@ -18,11 +18,15 @@ def test_there_are_recipes():
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_parses_as_it_stands(recipe, tmp_path):
-    args = train_vqgan.parse_args([f"@{recipe}", "--output_dir", str(tmp_path)])
+def test_recipe_parses_as_it_stands(recipe, tmp_path, monkeypatch):
+    """From anywhere, and flags after it win. Red when a recipe names a flag or file that is gone."""
+    monkeypatch.chdir(tmp_path)
+    args = train_vqgan.parse_args([f"@{recipe}"])
     for flag in ("model_config_name_or_path", "discriminator_config_name_or_path"):
         path = getattr(args, flag)
         assert path is None or REPOSITORY / "configs" in train_vqgan.Path(path).parents, path
+    assert args.resolution != 48 and train_vqgan.parse_args([f"@{recipe}", "--resolution", "48"]).resolution == 48
+    assert train_vqgan.parse_args(["--resolution", "48", f"@{recipe}"]).resolution == args.resolution
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -52,3 +56,63 @@ def test_recipe_takes_a_step(recipe, tmp_path, photos):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_cites_its_source(recipe):
     assert recipe.stem == "demo" or "https://" in recipe.read_text()
+
+
+# ---- Files of flags ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parse(tmp_path, monkeypatch):
+    """parse(recipe's text) -> namespace, from a working directory that is not the repository."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(text):
+        (tmp_path / "x.args").write_text(text)
+        return train_vqgan.parse_args([f"@{tmp_path / 'x.args'}"])
+
+    return run
+
+
+def test_recipe_lines_and_comments(parse, tmp_path):
+    """Red when comments=True is dropped, or a line is not split."""
+    text = """# a comment; it's ignored, --seed 9 too
+--resolution 64 --random_flip   # and so is this: --seed 8
+
+--tracker_project_name 'two words'
+    --timm_model_layers "0, 1" --seed=7
+"""
+    args = parse(text)
+    assert (args.resolution, args.random_flip, args.seed) == (64, True, 7)
+    assert (args.tracker_project_name, args.timm_model_layers) == ("two words", "0, 1")
+
+
+def test_recipe_paths_are_relative_to_the_repository(parse, tmp_path):
+    """From another working directory. Red when `convert_arg_line_to_args` returns the words as they are."""
+    text = "--model_config_name_or_path configs/model/tiny_4x.json --validation_images images/bird.jpg images/dog.jpg\n"
+    args = parse(text + f"--cache_dir {tmp_path / 'a/b'} --hub_model_id owner/name --push_to_hub")
+    assert args.model_config_name_or_path == str(REPOSITORY / "configs/model/tiny_4x.json")
+    assert args.validation_images == [str(REPOSITORY / "images" / name) for name in ("bird.jpg", "dog.jpg")]
+    assert args.cache_dir == str(tmp_path / "a/b") and args.hub_model_id == "owner/name"
+
+
+def test_recipe_path_after_an_equals_sign(parse, tmp_path):
+    """Red when only whole words are taken for paths."""
+    args = parse("--model_config_name_or_path=configs/model/tiny_4x.json")
+    assert args.model_config_name_or_path == str(REPOSITORY / "configs/model/tiny_4x.json")
+
+
+def test_paths_outside_a_recipe_are_not(error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "configs/model/tiny_4x.json" in error("--model_config_name_or_path", "configs/model/tiny_4x.json")
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [(None, "x.args"), ("--tracker_project_name 'open", "quot"), ("--seed 1\n--resol 64\n", "--resol")],
+    ids=["missing", "open quote", "unknown flag"],
+)
+def test_error_in_a_recipe_is_one_line(error, tmp_path, text, word):
+    """Red when shlex's ValueError gets through."""
+    if text:
+        (tmp_path / "x.args").write_text(text)
+    assert word in error(f"@{tmp_path / 'x.args'}")

@@ -1,0 +1,368 @@
+"""Pixels: any image to RGB and to a square, the two ranges, what is skipped as unreadable, and validation images."""
+
+import io
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPOSITORY
+from diffusers.image_processor import VaeImageProcessor
+
+import train_vqgan
+from train_vqgan import to_rgb, to_signed, to_square, to_uint8
+
+
+def parsed(*flags):
+    return train_vqgan.parse_args(["--resolution", "16", *map(str, flags)])
+
+
+def noise(height, width, channels=3):
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+# ---- Any image to RGB ----------------------------------------------------------------------------------------------
+
+
+def saved(image, suffix="png", **how):
+    """The image as a file gives it back."""
+    file = io.BytesIO()
+    image.save(file, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix), **how)
+    return PIL.Image.open(io.BytesIO(file.getvalue()))
+
+
+def pixels(image):
+    """Through `to_rgb`: [height, width, 3]."""
+    result = to_rgb(image)
+    assert result.mode == "RGB"
+    return np.asarray(result)
+
+
+WHITE = (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    "mode, suffix, row, expected",
+    [
+        ("L", "png", range(256), [(v, v, v) for v in range(256)]),
+        ("1", "png", [255, 0], [WHITE, (0, 0, 0)]),
+        ("F", "tif", [0.0, 0.25, 1.0], [(0, 0, 0), (64, 64, 64), WHITE]),
+        (
+            *("CMYK", "tif", [(0, 0, 0, 0), (0, 0, 0, 255), (255, 0, 0, 0), (0, 255, 255, 0)]),
+            [WHITE, (0, 0, 0), (0, 255, 255), (255, 0, 0)],
+        ),
+        (
+            *("RGBA", "png", [(10, 20, 30, 255), (10, 20, 30, 0), (0, 0, 0, 128), (255, 255, 255, 7)]),
+            [(10, 20, 30), WHITE, (127, 127, 127), WHITE],
+        ),
+        ("LA", "png", [(10, 255), (10, 0), (0, 128)], [(10, 10, 10), WHITE, (127, 127, 127)]),
+    ],
+)
+def test_modes(mode, suffix, row, expected):
+    """Transparent pixels hide any colour. Red when only RGBA is composited on white, or nothing is."""
+    image = PIL.Image.new(mode, (len(row), 1))
+    image.putdata(list(row))
+    image = saved(image, suffix)
+    assert image.mode == mode
+    assert pixels(image)[0].tolist() == [list(color) for color in expected]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_grey_of_16_bits(suffix):
+    """Scaled, not clipped: Pillow's own convert clips. Red without the division, or with `// 256` in its place."""
+    values = np.array([[65535, 32768, 257, 0, 128, 129, 65406, 1000]], np.uint16)
+    image = saved(PIL.Image.fromarray(values), suffix)
+    assert image.mode.startswith("I")
+    got = pixels(image)[0, :, 0]
+    assert got.tolist() == [255, 128, 1, 0, 0, 1, 254, 4]
+    assert (got == np.round(values[0] / 65535 * 255)).all()
+
+
+@pytest.mark.parametrize("transparent", [True, False])
+def test_palette(transparent):
+    """Red when a palette's transparency, which is no band, is overlooked."""
+    image = PIL.Image.new("P", (3, 1))
+    image.putpalette([200, 0, 0, 0, 100, 0, 0, 0, 50])
+    image.putdata([0, 1, 2])
+    image = saved(image, **({"transparency": 1} if transparent else {}))
+    assert image.mode == "P" and ("transparency" in image.info) == transparent
+    assert pixels(image)[0].tolist() == [[200, 0, 0], [255, 255, 255] if transparent else [0, 100, 0], [0, 0, 50]]
+
+
+@pytest.mark.parametrize(
+    "orientation, turned",
+    [
+        (1, lambda a: a),
+        (2, lambda a: a[:, ::-1]),
+        (3, lambda a: a[::-1, ::-1]),
+        (4, lambda a: a[::-1]),
+        (5, lambda a: a.transpose(1, 0, 2)),
+        (6, lambda a: np.rot90(a, -1)),
+        (7, lambda a: a[::-1, ::-1].transpose(1, 0, 2)),
+        (8, lambda a: np.rot90(a)),
+    ],
+)
+def test_exif_orientation(orientation, turned):
+    """Red when exif_transpose is left out."""
+    values = noise(3, 5)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    image = saved(PIL.Image.fromarray(values), exif=exif)
+    assert image.getexif().get(0x0112) == orientation
+    assert (pixels(image) == turned(values)).all()
+
+
+# ---- To a square ---------------------------------------------------------------------------------------------------
+
+
+def difference(got, values, left=None, top=None):
+    """|got - expected|, [3, resolution, resolution], for an image [height, width, 3]: cropped and resized by Pillow.
+
+    left, top: of the crop, in pixels of the result; the centre without them.
+    """
+    height, width, _ = values.shape
+    resolution, side = got.shape[-1], min(height, width)
+    left = (width - side) // 2 if left is None else left * side // resolution
+    top = (height - side) // 2 if top is None else top * side // resolution
+    crop = PIL.Image.fromarray(values[top : top + side, left : left + side])
+    expected = np.asarray(crop.resize((resolution, resolution), PIL.Image.Resampling.BICUBIC), dtype=float)
+    assert expected.std() > 10, "something is left to compare"
+    return (torch.tensor(expected).permute(2, 0, 1) - got).abs()
+
+
+@pytest.mark.parametrize("height, width", [(64, 96), (96, 64), (64, 64), (192, 96), (16, 24), (32, 32), (128, 640)])
+def test_crop_and_resize(height, width):
+    """Noise shows every slip: within one grey level of Pillow's antialiased bicubic resize. Red with bilinear."""
+    values = noise(height, width)
+    got = to_square(PIL.Image.fromarray(values), 32)
+    assert difference(got, values).max() <= 1 and difference(got, values).mean() < 0.01
+    aliased = F.interpolate(torch.tensor(values).permute(2, 0, 1)[None], 32).double()
+    assert min(height, width) <= 32 or aliased.std() - got.double().std() > 5, "without antialiasing it would differ"
+
+
+@pytest.mark.parametrize("height, width", [(67, 100), (101, 67), (333, 250), (47, 53)])
+def test_crop_and_resize_by_uneven_scales(height, width):
+    """On a ramp a pixel tells where it is from. Red when the crop is not the centre, or the scale is not even.
+
+    The room beside the crop is a whole number of pixels, so the centre may be a quarter of one off.
+    """
+    y, x = np.mgrid[:height, :width]
+    values = np.stack([x * 255 / width, y * 255 / height, 0 * x], -1).round().astype(np.uint8)
+    got = to_square(PIL.Image.fromarray(values), 32).double().numpy()
+    scale = min(height, width) / 32
+    for seen, side in ((got[0, 16], width), (got[1, :, 16], height)):
+        expected = ((side - 1) / 2 + (np.arange(32) - 15.5) * scale) * 255 / side  # where the output's pixels are from
+        slope, offset = np.polyfit(expected[2:-2] - 127.5, seen[2:-2] - 127.5, 1)
+        assert abs(slope - 1) < 0.005 and abs(offset) < 0.25 * scale * 255 / side + 0.6, (slope, offset)
+
+
+def test_drawn_crop_is_where_it_was_drawn():
+    """Red when the crop is cut at the wrong scale, or left and top are exchanged."""
+    wide = noise(64, 96)
+    tall = wide.transpose(1, 0, 2).copy()
+    for at in (0, 3, 16):
+        drawn = SimpleNamespace(randint=lambda low, high, at=at: min(at, high))
+        assert difference(to_square(PIL.Image.fromarray(wide), 32, drawn), wide, left=at).mean() < 0.01
+        assert difference(to_square(PIL.Image.fromarray(tall), 32, drawn), tall, top=at).mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["as it is", "turned", "progressive", "gray", "CMYK"])
+@pytest.mark.parametrize("name", ["bird", "car", "dog", "frog"])
+def test_large_jpegs_are_decoded_small(monkeypatch, tmp_path, name, kind):
+    """Photographs five times the size: a fourth of the pixels are decoded, and the image stays the same to 45 dB.
+
+    Red without draft, and with a draft of the resolution itself instead of twice that.
+    """
+    photo, seen, to_rgb = tmp_path / "photo.jpg", [], train_vqgan.to_rgb
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6 if kind == "turned" else 1
+    with PIL.Image.open(REPOSITORY / "images" / f"{name}.jpg") as image:
+        mode = {"gray": "L", "CMYK": "CMYK"}.get(kind, "RGB")
+        image.convert(mode).save(photo, quality=95, progressive=kind == "progressive", exif=exif)
+    args = parsed("--resolution", 64, "--center_crop")
+    monkeypatch.setattr(train_vqgan, "to_rgb", lambda image: seen.append(image.size) or to_rgb(image))
+    got = train_vqgan.augment(str(photo), train_vqgan.random_numbers_of_sample(0, 0), args)
+    whole = to_square(PIL.Image.open(photo), 64)
+    assert seen == [(160, 160), (320, 320)]
+    error = (got.double() - whole.double()).square().mean()
+    assert 0 < error and 10 * torch.log10(255**2 / error) > 45
+
+
+def test_flip_is_the_mirror_image():
+    image = PIL.Image.fromarray(noise(64, 96))
+    mirrored = to_square(image, 32, flip=True)
+    assert torch.equal(mirrored, to_square(image, 32).flip(2)) and not torch.equal(mirrored, to_square(image, 32))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (700, 1), (3, 1000), (1000, 7), (17, 16), (15, 16), (48, 80)])
+@pytest.mark.parametrize("rng", [None, random.Random(0), SimpleNamespace(randint=lambda low, high: high)])
+def test_shape_is_exact_for_extreme_images(size, rng):
+    """Up to the last column. Red when the box is not kept inside the image (a side of 26.67 is rounded up to 27)."""
+    image = PIL.Image.fromarray(np.full((size[1], size[0], 3), 77, np.uint8))
+    for _ in range(5):
+        x = to_square(image, 16, rng)
+        assert x.shape == (3, 16, 16) and x.dtype == torch.uint8 and (x == 77).all()
+
+
+def test_range_is_kept_at_hard_edges():
+    """Bicubic overshoots: it must clip, not wrap around."""
+    values = np.zeros((24, 24, 3), np.uint8)
+    values[8:16, 8:16] = 255
+    x = to_square(PIL.Image.fromarray(values), 64)
+    assert x.min() == 0 and x.max() == 255
+    assert (x[:, 24:40, 24:40] > 200).all() and (x[:, :16, :16] < 50).all()
+
+
+# ---- Pixel ranges --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pixel_ranges_are_inverse(dtype, request):
+    """All 256 values. Red when 127.5 becomes 128 or 255, or the result is not rounded."""
+    if dtype == torch.float64:
+        request.getfixturevalue("float64")
+    values = torch.arange(256, dtype=torch.uint8)
+    signed = to_signed(values, torch.device("cpu"))
+    assert signed.dtype == dtype and signed.min() == -1 and signed.max() == 1
+    assert torch.allclose(signed.double(), values.double() / 255 * 2 - 1, atol=1e-6)
+    assert to_uint8(signed).dtype == torch.uint8 and torch.equal(to_uint8(signed), values)
+
+
+def test_to_uint8_is_what_diffusers_does():
+    """Beyond the range and halfway between grey levels too. Red when the value is cut off instead of rounded."""
+    grid = torch.linspace(-1.2, 1.2, 3 * 64 * 64)
+    halves = (torch.arange(256) + 0.5) / 127.5 - 1
+    x = torch.cat([grid, *[halves] * 3])[-3 * 64 * 64 :].reshape(1, 3, 64, 64)
+    assert x.min() < -1 and x.max() > 1
+    image = VaeImageProcessor().postprocess(x, output_type="pil")[0]
+    assert torch.equal(to_uint8(x)[0].permute(1, 2, 0), torch.from_numpy(np.array(image)))
+
+
+# ---- Unreadable images ---------------------------------------------------------------------------------------------
+
+
+def reds(folder, n):
+    """The red of the top left pixel of the first `n` training samples."""
+    args = parsed("--train_data_dir", folder, "--validation_fraction", "0")
+    stream = train_vqgan.SampleStream(train_vqgan.load_data(args, 0)[0], args, 0)
+    return [stream[g][0, 0, 0].item() for g in range(n)]
+
+
+def plain(red):
+    return PIL.Image.new("RGB", (20, 16), (red, 0, 0))
+
+
+def test_unreadable_image_is_skipped_and_its_neighbour_taken(tmp_path, caplog):
+    """Red when the warning is left out, or the neighbour is the same item again."""
+    for i in range(5):
+        plain(10 * (i + 1)).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_text("no image")
+    seen = reds(tmp_path, 10)
+    assert sorted(seen[:5]) == sorted(seen[5:]) == [10, 20, 40, 40, 50]
+    assert len(caplog.records) == 2 and all(str(tmp_path / "2.png") in record.message for record in caplog.records)
+
+
+def broken_files(folder):
+    """Ways in which real files are broken."""
+    good = io.BytesIO()
+    PIL.Image.fromarray(noise(64, 64)).save(good, "PNG")
+    (folder / "empty.png").touch()
+    (folder / "cut.png").write_bytes(good.getvalue()[:4000])
+    (folder / "header.png").write_bytes(good.getvalue()[:20])
+    (folder / "text.jpg").write_text("<html>not found</html>")
+    (folder / "dangling.png").symlink_to(folder / "nowhere.png")
+    return sorted(folder.iterdir())
+
+
+def test_broken_files_of_every_kind(tmp_path, caplog):
+    """Red when one of Pillow's exceptions is not in UNREADABLE."""
+    (tmp_path / "broken").mkdir()
+    plain(99).save(tmp_path / "good.png")
+    for path in broken_files(tmp_path / "broken"):
+        items = [path, tmp_path / "good.png"]
+        stream = train_vqgan.SampleStream(items, parsed(), 0)
+        if stream.index(0) == 1:
+            items.reverse()
+        assert stream[0][0, 0, 0] == 99
+        assert path.name in caplog.records[-1].message
+    assert len(caplog.records) == 5
+
+
+def broken_exif(tag):
+    """A JPEG with a text in its EXIF under a tag of numbers; it shows well in any viewer."""
+    exif = PIL.Image.Exif()
+    exif[0x010E], exif[0x0112] = "a description", 6
+    file = io.BytesIO()
+    plain(99).save(file, "JPEG", exif=exif)
+    data = bytearray(file.getvalue())
+    tiff = max(data.find(b"MM\x00*"), data.find(b"II*\x00"))
+    assert data[tiff + 10 : tiff + 12] == b"\x01\x0e", "the description's tag"
+    data[tiff + 10 : tiff + 12] = tag.to_bytes(2, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("tag", [0x0103, 0x011A])
+def test_broken_exif_does_not_end_the_run(tmp_path, tag):
+    """exif_transpose writes the EXIF anew. Red when its errors are not caught."""
+    assert np.abs(np.asarray(PIL.Image.open(io.BytesIO(broken_exif(tag))))[..., 0] - 99.0).max() < 5, "a good image"
+    (tmp_path / "a.jpg").write_bytes(broken_exif(tag))
+    plain(99).save(tmp_path / "b.png")
+    assert all(abs(red - 99) < 5 for red in reds(tmp_path, 4))
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_ten_unreadable_in_a_row(error, tmp_path, workers):
+    """One line from a worker too. Red when `__getitem__` goes on for ever or raises Pillow's error."""
+    (tmp_path / "broken").mkdir()
+    for i in range(12):
+        (tmp_path / "broken" / f"{i}.png").write_text("no image")
+    message = error("--train_data_dir", str(tmp_path / "broken"), "--dataloader_num_workers", workers)
+    assert message.startswith("train_vqgan.py: error: ten training images in a row")
+    assert str(tmp_path / "broken") in message
+
+
+def test_nine_unreadable_in_a_row(tmp_path):
+    """Red when fewer attempts are made."""
+    for i in range(9):
+        (tmp_path / f"{i}.png").write_text("no image")
+    plain(50).save(tmp_path / "9.png")
+    assert set(reds(tmp_path, 10)) == {50}
+
+
+# ---- Validation images ---------------------------------------------------------------------------------------------
+
+
+def test_validation_images_of_any_shape_and_mode(tmp_path):
+    """Centre crops, in the order given, the same every time. Red when they are cropped at random."""
+    values = noise(48, 96, 4)
+    tall = values.transpose(1, 0, 2).copy()
+    pictures = {
+        "wide.png": PIL.Image.fromarray(values[..., :3]),
+        "tall.png": PIL.Image.fromarray(tall[..., :3]),
+        "clear.png": PIL.Image.fromarray(values, "RGBA"),
+        "deep.png": PIL.Image.fromarray(values[..., 0].astype(np.uint16) * 257),
+        "grey.png": PIL.Image.fromarray(values[..., 0]),
+        "small.png": PIL.Image.fromarray(values[:5, :7, :3]),
+    }
+    for name, image in pictures.items():
+        image.save(tmp_path / name)
+    args = parsed("--validation_images", *[tmp_path / name for name in pictures])
+    images = train_vqgan.load_validation_images(args)
+    assert images.shape == (6, 3, 16, 16) and images.dtype == torch.uint8
+    assert torch.equal(images, train_vqgan.load_validation_images(args))
+    assert difference(images[0], values[..., :3]).max() <= 1 and difference(images[1], tall[..., :3]).max() <= 1
+    assert torch.equal(images[3], images[4]), "16 bits and 8 bits of the same picture"
+
+
+def test_no_validation_images():
+    assert train_vqgan.load_validation_images(parsed()) is None
+
+
+def test_unreadable_validation_image(error, tmp_path, photos):
+    """Red when Pillow's error gets through."""
+    (tmp_path / "bad.png").write_text("no image")
+    message = error("--validation_images", str(photos / "0.png"), str(tmp_path / "bad.png"))
+    assert "--validation_images" in message and str(tmp_path / "bad.png") in message
