@@ -11,7 +11,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import without
+from conftest import equal, without
 from torch import nn
 
 import train_vqgan as tv
@@ -38,7 +38,7 @@ def pooled(name, weights="random", cache_dir=None):
 
 
 def features(name, weights="random", cache_dir=None):
-    return TimmFeatures(name, ["layer1"], weights, cache_dir)
+    return TimmFeatures(name, [1], weights, cache_dir)
 
 
 def reason(call, *inputs, **options):
@@ -346,6 +346,16 @@ def test_package_with_several_weight_files(tmp_path, monkeypatch):
     assert (
         reason(build, "test_resnet", None, "two-weight-files") == "'two-weight-files' is a package with 2 weight files"
     )
+
+
+def test_random_weights_are_those_of_the_seed(flags):
+    """Also when the stages of the model are known already. Red when looking them up draws random numbers."""
+    args = tv.parse_args([*flags, "--timm_model_backend", "test_nfnet"])  # no other test asks for it
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        states.append(tv.build_perceptual(args).state_dict())
+    assert equal(*states)
 
 
 @pytest.mark.parametrize("network", [features, pooled])

@@ -434,18 +434,21 @@ PARTS = [
 
 @pytest.mark.parametrize("part", PARTS)
 def test_error_of_the_program_shows_its_traceback(flags, monkeypatch, capsys, part):
-    """No line, no status, but the exception itself, wherever it is raised.
+    """No line, no status, but the exception itself, wherever it is raised and the first time that it is.
 
     Red when a place that makes a line of a user's mistake, a full disk or an unreadable image takes it for one.
     """
+    calls = []
 
     def broken(*arguments, **options):
+        calls.append(part)
         raise TypeError("ours")
 
     monkeypatch.setattr(train_vqgan, part, broken)
     with pytest.raises(TypeError, match="ours") as caught:
         train_vqgan.main([*flags, "--validation_fraction", "0.3", "--save_best", "psnr"])
-    assert caught.traceback[-1].name == "broken" and "error:" not in capsys.readouterr().err
+    assert calls == [part] and caught.traceback[-1].name == "broken"
+    assert "error:" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verbose", [False, True])

@@ -520,7 +520,7 @@ def test_resume_takes_what_does_not(train, finished, change, photos):
     assert progress(finished)["samples_seen"] == 2 * 2 + (last - 2) * batch * micro_batches
 
 
-def test_ema_begins_or_ends_where_a_run_is_resumed(train, caplog):
+def test_ema_begins_or_ends_where_a_run_is_resumed(train):
     """At learning rate 0 nothing moves: a new EMA holds the checkpoint's weights, and without one those go on.
 
     Red when the EMA begins with the weights from before loading, or its weights are taken for the generator's.
@@ -528,7 +528,6 @@ def test_ema_begins_or_ends_where_a_run_is_resumed(train, caplog):
     run = train(*FAST)
     more = ["--learning_rate", "0", *RESUME, "--max_train_steps"]
     train(*more, "3", "--use_ema")
-    assert "holds no EMA: it starts from the weights there" in caplog.text
     assert equal(weights(run, "ema", 3), weights(run, "generator", 2))
     train(*FAST, *RESUME, "--max_train_steps", "5", "--use_ema", "--ema_decay", "0.5")
     train(*more, "6")
