@@ -432,7 +432,8 @@ class Quantizer(VectorQuantizer):
     https://arxiv.org/abs/2110.04627). Latents are not scaled: among codes of equal length the Euclidean nearest is the
     one of largest cosine, so a plain VQModel holding the scaled rows chooses the same codes.
 
-    Another quantiser needs `codebook` and `forward`, and a line in `build_quantizer`.
+    Another quantiser needs `codebook` and `forward`, and a branch in `build_quantizer`; without `embedding` and `norm`
+    codes cannot restart. Its codes must be the nearest rows of `codebook()` to z, as the exported VQModel takes those.
     """
 
     def __init__(
@@ -526,8 +527,9 @@ class CodeStatistics:
         weight, norm = state.generator.quantize.embedding.weight, state.generator.quantize.norm
         counts = accelerator.reduce(self.since_restart, "sum")
         dead = (counts < 0.03 * counts.sum() / len(counts)).unsqueeze(1)
-        tokens = self.tokens / len(weight)  # a code
-        if tokens < 8 and dead.float().mean() <= 2 * math.exp(-tokens):  # most of them may just have been unlucky
+        tokens_per_code = self.tokens / len(weight)
+        unlucky = math.exp(-tokens_per_code)  # share of the codes that chance leaves out under uniform use
+        if tokens_per_code < 8 and dead.float().mean() <= 2 * unlucky:
             return
         pool = accelerator.gather(self.latents)
         pool = pool[pool.isfinite().all(1)]  # the last update may have been skipped
@@ -565,10 +567,11 @@ class CodeStatistics:
 
     def load_state_dict(self, state, accelerator):
         """The first process carries the counts on, each its share of the latents."""
-        share = 1 if accelerator.is_main_process else 0
-        self.since_log.copy_(state["since_log"] * share)
-        self.since_restart.copy_(state["since_restart"] * share)
-        latents = state["latents"].to(self.latents).tensor_split(self.processes)[accelerator.process_index]
+        carries = 1 if accelerator.is_main_process else 0
+        self.since_log.copy_(state["since_log"] * carries)
+        self.since_restart.copy_(state["since_restart"] * carries)
+        share = len(state["latents"]) // self.processes  # alike on all, as they are gathered again
+        latents = state["latents"][accelerator.process_index * share :][:share].to(self.latents)
         self.latents = latents[len(latents) - min(self.keep, len(latents)) :]
         self.moments.copy_(state["moments"])
         self.steps.copy_(state["steps"])
@@ -738,7 +741,7 @@ def train_loop(run, batches):
         if lam > 0:
             discriminator_step(run, pairs)
         state.step += 1  # the only counter: all cadences and schedules go by it
-        state.samples_seen += run.images_per_step
+        state.samples_seen += run.images_per_step  # where training_batches goes on after a resume
         bar.update()
 
         last = state.step == schedule.steps
@@ -749,7 +752,7 @@ def train_loop(run, batches):
         if due(state.step, args.log_steps) or last:
             log_training(run, clock, bar)
         with clock.timing("paused"):
-            if due(state.step, args.validation_steps) or last:
+            if (due(state.step, args.validation_steps) and not watch.stopping) or last:  # a signal leaves seconds
                 validated = validate(run)
             if due(state.step, args.checkpointing_steps) or (last and args.checkpointing_steps) or watch.stopping:
                 watch.saved = save_checkpoint(run)
@@ -903,7 +906,7 @@ def checkpoint_activations(model):
             part.forward = partial(recomputed, part.forward)
 
 
-# The backward pass computes a function again, up to its last product's inputs. It draws no random numbers.
+# The backward pass computes a function again, but for a convolution at its end, whose output it does not need.
 recomputed = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -1001,19 +1004,33 @@ def augment(item, rng, args):
 
     JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves twice the resolution.
     """
-    crop = None if args.center_crop else rng
-    with open_image(item) as image:
-        image.draft(None, (2 * args.resolution, 2 * args.resolution))
-        return to_square(image, args.resolution, crop, args.random_flip and rng.random() < 0.5)
+    image = read_image(item, least=2 * args.resolution)
+    flip = args.random_flip and rng.random() < 0.5
+    return to_square(image, args.resolution, None if args.center_crop else rng, flip)
+
+
+class Unreadable(Exception):
+    """An image that cannot be opened or decoded."""
+
+
+def read_image(item, least=None):
+    """RGB PIL image of what `open_image` takes; JPEGs may be decoded smaller, with at least `least` pixels a side."""
+    try:
+        with open_image(item) as image:
+            if least:
+                image.draft(None, (least, least))
+            image.load()  # here, as exif_transpose would swallow a decoder's error
+            return to_rgb(image)
+    except UNREADABLE as error:
+        raise Unreadable(first_line(error)) from error
 
 
 def to_square(image, resolution, rng=None, flip=False):
-    """PIL image to uint8 [3, resolution, resolution]: short side resized (antialiased bicubic) and cropped.
+    """RGB PIL image to uint8 [3, resolution, resolution]: short side resized (antialiased bicubic) and cropped.
 
     The crop is the centre without `rng`, else drawn from it. Only the crop is resized, by torch: as Pillow to one level
     of 256, in half the time.
     """
-    image = to_rgb(image)
     side = min(image.size)
     room = [max(0, round(length * resolution / side) - resolution) for length in image.size]
     left, top = [round((rng.randint(0, r) if rng else r / 2) * side / resolution) for r in room]
@@ -1060,7 +1077,7 @@ def permute(i, n, seed):
     A Feistel network on the next even number of bits, walked until it lands inside (cycle walking: Black and Rogaway
     2002). Twelve rounds of a multiply-xorshift hash (splitmix64, Steele et al. 2014).
     """
-    half = max(1, (n - 1).bit_length() + 1 >> 1)
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
     mask, u64 = (1 << half) - 1, (1 << 64) - 1
     while True:
         left, right = i >> half, i & mask
@@ -1118,7 +1135,7 @@ class SampleStream(Dataset):
             index = (self.index(g) + attempt) % len(self.items)
             try:
                 return augment(self.items[index], random_numbers_of_sample(g, self.seed), self.args)
-            except UNREADABLE as error:
+            except Unreadable as error:
                 name = report_unreadable("training", self.items[index], index, error)
         raise UserError(f"ten training images in a row cannot be read; the last one: {name}")
 
@@ -1131,6 +1148,7 @@ def training_batches(items, args, seed, start, accelerator):
     workers = min(8, cores_per_process()) if args.dataloader_num_workers is None else args.dataloader_num_workers
     if args.streaming:
         yield from streamed_batches(items, args, seed, start, rank, world, workers)
+        return
     handler = signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(
         SampleStream(items, args, seed),
@@ -1164,9 +1182,11 @@ def streamed_batches(dataset, args, seed, start, rank, world, threads):
         for epoch in itertools.count():
             dataset.set_epoch(epoch)
             empty = True
-            for row in dataset:
-                empty = False
-                yield row[args.image_column]
+            hint = "; the same command with --resume_from_checkpoint latest goes on"
+            with user_error(f"--streaming: {args.dataset_name} broke off", Exception, hint):  # readers have their own
+                for row in dataset:
+                    empty = False
+                    yield row[args.image_column]
             require(not empty, f"--dataset_name: {args.dataset_name} has no images in its train split")
 
     samples = itertools.islice(enumerate(rows()), start + rank, None, world)
@@ -1190,7 +1210,7 @@ def read_ahead(kind, numbered, load, size, threads):
     def load_or_report(i, item):
         try:
             return i, load(i, item)
-        except UNREADABLE as error:
+        except Unreadable as error:
             report_unreadable(kind, item, i, error)
 
     def batches():
@@ -1231,8 +1251,7 @@ def held_out_batches(items, n, args, rank, world):
         numbered = ((i, items[i]) for i in range(rank, n, world))
 
     def square(i, item):
-        with open_image(item) as image:
-            return to_square(image, args.resolution)
+        return to_square(read_image(item), args.resolution)
 
     batches = read_ahead("held-out", numbered, square, args.train_batch_size, cores_per_process())
     for batch in filter(None, batches):
@@ -1497,8 +1516,8 @@ def load_validation_images(args):
     """uint8 [n, 3, resolution, resolution]: short side resized, centre cropped; None without --validation_images."""
     images = []
     for path in args.validation_images:
-        with user_error(f"--validation_images: cannot read {path}", UNREADABLE), PIL.Image.open(path) as image:
-            images.append(to_square(image, args.resolution))
+        with user_error(f"--validation_images: cannot read {path}", Unreadable):
+            images.append(to_square(read_image(path), args.resolution))
     return torch.stack(images) if images else None
 
 
@@ -1608,8 +1627,8 @@ class TrainingState:
         }
 
     def load_state_dict(self, state, accelerator):
-        exported = state["weights"]["generator"]  # where another quantiser's codes have a row that it does not train
-        self.generator.load_state_dict({name: exported[name] for name in self.generator.state_dict()})
+        saved = state["weights"]["generator"]  # with a codebook of the export, which not every quantiser has as weights
+        self.generator.load_state_dict({name: saved[name] for name in self.generator.state_dict()})
         self.discriminator.load_state_dict(state["weights"]["discriminator"])
         for name, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]  # the flags of this run, not of the last
@@ -1911,7 +1930,9 @@ def create_repository(args):
     """(main process) Id of the repository to upload to, created before training: a bad token shows now."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     logger.info(f"Contacting the Hugging Face Hub to create {name}")
-    with user_error(f"--push_to_hub: the Hub did not create {name}", (OSError, ValueError)):
+    with user_error(
+        f"--push_to_hub: the Hub did not create {name}", Exception
+    ):  # its errors vary with its HTTP library
         return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
@@ -1919,7 +1940,7 @@ def upload(args, repository):
     """(main process)"""
     ignored = ["checkpoint-*", "unfinished-*", "wandb/*", f"{args.logging_dir}/*"]
     what, hint = f"--push_to_hub: {repository} was not uploaded", f"; the result is in {args.output_dir}"
-    with user_error(what, (OSError, ValueError, RuntimeError), hint):
+    with user_error(what, Exception, hint):
         api = HfApi(token=args.hub_token)
         api.upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
     logger.info(f"Uploaded to {repository}")
@@ -2071,6 +2092,9 @@ class Clock:
     """Wall time of training since the last `read`, without pauses for validation and checkpoints."""
 
     def __init__(self, samples_seen):
+        self.restart(samples_seen)
+
+    def restart(self, samples_seen):
         self.samples_seen, self.start = samples_seen, time.perf_counter()
         self.seconds = {"waiting": 0.0, "paused": 0.0}
 
@@ -2083,7 +2107,7 @@ class Clock:
     def read(self, samples_seen):
         seconds = max(time.perf_counter() - self.start - self.seconds["paused"], 1e-9)
         images, waiting = samples_seen - self.samples_seen, self.seconds["waiting"]
-        self.__init__(samples_seen)
+        self.restart(samples_seen)
         return {"speed/images_per_sec": images / seconds, "speed/data_time": waiting / seconds}
 
 
@@ -2376,6 +2400,9 @@ def start_accelerator(args):
         mixed_precision=args.mixed_precision, log_with=trackers, project_config=project, kwargs_handlers=[ddp, patient]
     )
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    apart = f"{os.environ.get('WORLD_SIZE')} processes were launched, but each would train by itself"
+    together = accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
+    require(together, f"{apart}; on CPUs set ACCELERATE_USE_CPU=1")
     kind = accelerator.distributed_type
     plain = kind in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     require(plain, f"accelerate config: {kind.value} is not supported; use plain multi-GPU")
@@ -2396,15 +2423,17 @@ def claim_output_dir(accelerator, args):
     """(all processes) Make output_dir, and finish what a killed run left; UserError when the nodes do not share it."""
     output = Path(args.output_dir)
     probe = output / f".shared-{broadcast_object_list([uuid.uuid4().hex])[0]}"
-    with user_error(f"--output_dir: cannot write to {output}", OSError):
-        output.mkdir(parents=True, exist_ok=True)
-        if accelerator.is_main_process:
+
+    def prepare():
+        with user_error(f"--output_dir: cannot write to {output}", OSError):
+            output.mkdir(parents=True, exist_ok=True)
             finish_interrupted(output)
             probe.touch()
-    accelerator.wait_for_everyone()
+
+    on_main(accelerator, prepare)
     shared = all(gather_object([probe.exists()]))
     if accelerator.is_main_process:
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     require(shared, f"--output_dir: {output} is not the same directory on every node; choose one that they share")
 
 
@@ -2473,25 +2502,32 @@ def train(args):
         }
         accelerator.init_trackers(args.tracker_project_name, public_config(run), tracker_options)
         validated = train_loop(run, itertools.chain([first], batches))
-    if accelerator.is_main_process and not watch.stopping:
-        hint = "; make room, and run the same command again with --resume_from_checkpoint latest"
-        with user_error(f"--output_dir: cannot write the result to {output}", WRITE_ERRORS, hint):
-            export(run, output)
-        logger.info(f"Exported {output / 'vqmodel'}")
-        for name, value in validated.items():
-            if "psnr" in name:
-                logger.info(f"{name}: {value:.2f} dB")
-        if repository:
-            upload(args, repository)
-    for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
-        tracker.finish()
+    if not watch.stopping:
+        on_main(accelerator, lambda: finish(run, validated, repository))
+    with keep_going("finish the trackers"):
+        for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
+            tracker.finish()
     unsaved = f"--output_dir: the last checkpoint could not be saved in {output}; make room, and run the same command"
-    require(watch.saved, f"{unsaved} again with --resume_from_checkpoint latest")
+    on_main(accelerator, lambda: require(watch.saved, f"{unsaved} again with --resume_from_checkpoint latest"))
     stop_for_failure(watch)
     accelerator.end_training()
     if watch.stopping:
         logger.info(f"Stopped at step {state.step}; to go on, the same command with --resume_from_checkpoint latest")
     return STOPPED if watch.stopping else 0
+
+
+def finish(run, validated, repository):
+    """(main process) Export the result, say how good it is, upload it."""
+    output = Path(run.args.output_dir)
+    hint = "; make room, and run the same command again with --resume_from_checkpoint latest"
+    with user_error(f"--output_dir: cannot write the result to {output}", WRITE_ERRORS, hint):
+        export(run, output)
+    logger.info(f"Exported {output / 'vqmodel'}")
+    for name, value in validated.items():
+        if "psnr" in name:
+            logger.info(f"{name}: {value:.2f} dB")
+    if repository:
+        upload(run.args, repository)
 
 
 def stop_for_failure(watch):

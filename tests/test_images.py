@@ -185,7 +185,7 @@ def test_large_jpegs_are_decoded_small(monkeypatch, tmp_path, name, kind):
     args = parsed("--resolution", 64, "--center_crop")
     monkeypatch.setattr(train_vqgan, "to_rgb", lambda image: seen.append(image.size) or to_rgb(image))
     got = train_vqgan.augment(str(photo), train_vqgan.random_numbers_of_sample(0, 0), args)
-    whole = to_square(PIL.Image.open(photo), 64)
+    whole = to_square(train_vqgan.read_image(str(photo)), 64)
     assert seen == [(160, 160), (320, 320)]
     error = (got.double() - whole.double()).square().mean()
     assert 0 < error and 10 * torch.log10(255**2 / error) > 45
