@@ -210,7 +210,8 @@ def feature_stages(name):
     """
     check_backbone(name)
     try:
-        extractor = timm.create_model(name, pretrained=False, features_only=True)
+        with torch.random.fork_rng(devices=[]):  # looked up or remembered, the same random numbers follow
+            extractor = timm.create_model(name, pretrained=False, features_only=True)
     except (RuntimeError, AttributeError, AssertionError, TypeError, ValueError) as error:  # each family has its own
         raise ValueError(f"{name} gives no feature maps: {error}") from error
     names = [stage["module"] for stage in extractor.feature_info.info]
