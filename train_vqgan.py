@@ -162,7 +162,7 @@ def build_parser():
     add = parser.group("optimisation")
     add("--train_batch_size", type=positive, default=16, help="images per process and micro-batch")
     add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches per step")
-    add("--num_train_epochs", type=number(float, above=0), default=100, help="passes over the data, when --max_train_steps is not given")
+    add("--num_train_epochs", type=number(float, above=0), default=100.0, help="passes over the data, when --max_train_steps is not given")
     add("--max_train_steps", type=positive, help="steps of the run")
     add("--learning_rate", type=weight, default=1e-4, help="peak learning rate of the generator")
     add("--discr_learning_rate", type=weight, default=1e-4, help="peak learning rate of the discriminator")
@@ -1633,7 +1633,9 @@ class TrainingState:
         for name, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]  # the flags of this run, not of the last
             optimizer.load_state_dict(state["optimizers"][name] | {"param_groups": groups})
-        if self.ema:  # which starts from the weights where the checkpoint holds none
+        if self.ema and not state["ema"]:
+            logger.warning("The checkpoint holds no EMA: it starts from the weights there")
+        if self.ema:
             averaged = state["weights"].get("ema", state["weights"]["generator"])
             shadow = [averaged[name].to(accelerator.device) for name, _ in self.generator.named_parameters()]
             self.ema.load_state_dict(state["ema"] | {"shadow_params": shadow, "decay": self.ema.decay})
@@ -2170,8 +2172,9 @@ def drop_abandoned(args, step):
     if read_best(best).get("step", 0) > step:
         shutil.rmtree(best)
     new = path.with_suffix(".new")
-    new.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(args) if line["step"] <= step))
-    new.replace(path)
+    with user_error(f"--output_dir: cannot write to {args.output_dir}", OSError, "; make room"):
+        new.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(args) if line["step"] <= step))
+        new.replace(path)
 
 
 def public_config(run):
@@ -2494,8 +2497,7 @@ def train(args):
         first = next(batches, None)
         if first is None or accelerator.num_processes > 1:  # data that cannot be read shows here
             stop_for_failure(watch)
-        if accelerator.is_main_process:
-            drop_abandoned(args, state.step)
+        on_main(accelerator, lambda: drop_abandoned(args, state.step))
         tracker_options = {
             "wandb": {"id": state.tracker_run, "resume": "allow", "dir": args.output_dir},
             "tensorboard": {"purge_step": state.step + 1},

@@ -3,8 +3,9 @@
     python tests/kill_and_resume.py --moments 20
 
 Prints the table of moments; exit status 0 when generator, discriminator, EMA, the exported model and metrics (all but
-speed/) are bit-identical. Every fourth kill waits until a checkpoint is being written. The processes are forked from one that has
-imported the script, because importing takes longer than training here; each is a process of its own and really killed.
+speed/) are bit-identical. Every fourth kill waits until a checkpoint is being written. The processes are forked from
+one that has imported the script, because importing takes longer than training here; each is a process of its own and
+really killed.
 """
 
 import argparse
