@@ -483,7 +483,7 @@ class CodeStatistics:
 
     def __init__(self, quantizer, keep_latents, accelerator):
         codes, dim = quantizer.codebook().shape
-        self.processes = accelerator.num_processes
+        self.accelerator, self.processes = accelerator, accelerator.num_processes
         self.since_log = torch.zeros(codes, dtype=torch.long, device=accelerator.device)
         self.since_restart = torch.zeros(codes, dtype=torch.long, device=accelerator.device)
         self.tokens = 0  # counted since the last restart, over all processes
@@ -505,7 +505,8 @@ class CodeStatistics:
         self.tokens += len(indices) * self.processes
         latents = torch.cat([self.latents, z.to(self.latents)])  # the latest ones come last
         self.latents = latents[len(latents) - min(self.keep, len(latents)) :]
-        z_moments = torch.stack([z.mean(), z.square().mean()]).to(self.moments)
+        # Of all processes, so that the export does not depend on which of them writes it.
+        z_moments = self.accelerator.reduce(torch.stack([z.mean(), z.square().mean()]).to(self.moments), "mean")
         finite = finite & z_moments.isfinite().all()
         self.steps += finite
         # A mean over the first steps, a moving average after them.
@@ -560,7 +561,7 @@ class CodeStatistics:
             "since_log": accelerator.reduce(self.since_log, "sum"),
             "since_restart": accelerator.reduce(self.since_restart, "sum"),
             "latents": accelerator.gather(self.latents),
-            "moments": accelerator.reduce(self.moments, "mean"),
+            "moments": self.moments,
             "tokens": self.tokens,
             "steps": self.steps,
         }

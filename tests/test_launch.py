@@ -163,6 +163,11 @@ def test_dead_data_worker_of_one_process(spied, tmp_path):
     resumed = spied(2, *more, "--resume_from_checkpoint", "latest")
     for before, after in zip(untouched, resumed):
         assert before["weights"] == after["weights"] and before["lecam"] == after["lecam"]
+    factors = [
+        json.loads((tmp_path / name / "vqmodel" / "config.json").read_text())["scaling_factor"]
+        for name in ("untouched", "run")
+    ]
+    assert factors[0] == pytest.approx(factors[1], rel=1e-5), "latents of one process only"
     lines = [metrics(tmp_path / name) for name in ("untouched", "run")]
     assert [line["step"] for line in lines[1]] == [5, 10, 15, 20, 24]
     for before, after in zip(*lines):
