@@ -1163,7 +1163,7 @@ def training_batches(items, args, seed, start, accelerator):
     try:
         yield from batches
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it hands a batch over
-        died = not isinstance(error, RuntimeError) or "exited unexpectedly" in str(error)
+        died = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in str(error)
         if not died:  # raised by a worker
             raise
         again = "the same command with --resume_from_checkpoint latest goes on, with fewer workers if it happens again"
