@@ -96,6 +96,7 @@ logger = logging.getLogger("train_vqgan")
 REPOSITORY = Path(__file__).resolve().parent
 DEFAULT_CONFIG = REPOSITORY / "configs" / "model" / "default_4x.json"
 STOPPED = 3  # exit status after a signal
+GO_ON = "the same command with --resume_from_checkpoint latest goes on"
 WRITE_ERRORS = (OSError, safetensors.SafetensorError)  # a full or vanished disk
 
 
@@ -114,9 +115,9 @@ def build_parser():
     positive, count, weight = number(int, 1), number(int, 0), number(float, 0)
 
     add = parser.group("data")
-    add("--dataset_name", fixed=True, help="data set on the Hub, or a local directory that the datasets library reads")
-    add("--dataset_config_name", fixed=True, help="configuration of that data set, when it has several")
-    add("--train_data_dir", type=folder, fixed=True, help="folder of images, searched recursively; without it and --dataset_name: the photographs in images/train")
+    add("--dataset_name", help="data set on the Hub, or a local directory that the datasets library reads")
+    add("--dataset_config_name", help="configuration of that data set, when it has several")
+    add("--train_data_dir", type=folder, help="folder of images, searched recursively; without it and --dataset_name: the photographs in images/train")
     add("--image_column", fixed=True, default="image", help="column that holds the images")
     add("--streaming", fixed=True, action="store_true", help="read the data set while training instead of downloading it first; needs --max_train_steps")
     add("--cache_dir", help="where downloaded models and data sets are kept")
@@ -125,6 +126,7 @@ def build_parser():
     add("--center_crop", fixed=True, action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", fixed=True, action="store_true", help="mirror half of the images")
     add("--pixel_range", fixed=True, choices=["signed", "unit"], default="signed", help="what the model takes and gives: [-1, 1] as diffusers expects, or [0, 1]")
+    add("--max_bad_fraction", type=number(float, 0, 1), default=0.5, help="stop when more than this part of the training images cannot be read; others take the place of those few that cannot")
     add("--dataloader_num_workers", type=count, help="processes that load images, per training process (default: one per core, at most 8)")
 
     add = parser.group("networks")
@@ -288,20 +290,25 @@ def weighted_sum(terms, adversary=1.0):
     return sum(t.weight * t.value * (adversary if t.on == "adversary" else 1.0) for t in terms.values())
 
 
-def discriminator_loss(x, x_hat, discriminator, kind="hinge"):
-    """L_D, and what the discriminator said; `kind` is one of ADVERSARIAL."""
+def discriminator_loss(x, x_hat, discriminator, kind="hinge", lecam_weight=0.0, anchors=None):
+    """L_D, and what the discriminator said; `kind` is one of ADVERSARIAL, anchors as for `lecam`."""
+    adversarial = ADVERSARIAL[kind]
     real, fake = discriminator(torch.cat([x, x_hat])).chunk(2)  # one pass: DDP takes one forward for each backward
-    loss = ADVERSARIAL[kind].real(real).mean() + ADVERSARIAL[kind].fake(fake).mean()
+    loss = adversarial.real(real).mean() + adversarial.fake(fake).mean()
     accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
-    return loss, {"disc/loss": loss, "disc/real": real.mean(), "disc/fake": fake.mean(), "disc/accuracy": accuracy}
+    said = {"disc/loss": loss, "disc/real": real.mean(), "disc/fake": fake.mean(), "disc/accuracy": accuracy}
+    if lecam_weight:
+        said["disc/lecam"] = lecam(real, fake, anchors)
+        loss = loss + lecam_weight * said["disc/lecam"]
+    return loss, said
 
 
 def lecam(real, fake, anchors):
-    """LeCAM (Tseng et al. 2021, https://arxiv.org/abs/2104.03310): mean logits that run away from the others' average.
+    """LeCAM (Tseng et al. 2021, https://arxiv.org/abs/2104.03310): logits that run away from the others' average.
 
-    real, fake: means of this batch; anchors [2]: their moving averages.
+    real, fake: logits of this batch; anchors [2]: moving averages of their means.
     """
-    return F.relu(real - anchors[1]).square() + F.relu(anchors[0] - fake).square()
+    return F.relu(real - anchors[1]).square().mean() + F.relu(anchors[0] - fake).square().mean()
 
 
 class PerceptualLoss(nn.Module):
@@ -487,24 +494,24 @@ class CodeStatistics:
         self.since_log = torch.zeros(codes, dtype=torch.long, device=accelerator.device)
         self.since_restart = torch.zeros(codes, dtype=torch.long, device=accelerator.device)
         self.tokens = 0  # counted since the last restart, over all processes
-        self.latents = torch.empty(0, dim, device=accelerator.device)  # the latest ones
-        # All processes together keep one latent for each code, as far as they fit.
-        affordable = min(codes, self.KEPT_BYTES // (4 * dim))
-        self.keep = max(1, affordable // self.processes) if keep_latents else 0
+        self.latents = torch.empty(0, 0, dim, device=accelerator.device)  # [images, tokens, dim], the latest ones
+        # All processes together keep about one latent for each code, as far as they fit.
+        self.keep = min(codes, self.KEPT_BYTES // (4 * dim)) if keep_latents else 0
         self.moments = torch.zeros(2, device=accelerator.device)  # moving averages of z and z^2
         self.steps = torch.zeros(1, device=accelerator.device)  # in the moments
 
-    def record(self, chosen, finite):
-        """Count the Codes of one step's micro-batches, unless its update was skipped as not `finite`."""
+    def record(self, chosen, images, finite):
+        """Count the Codes of one step's micro-batches of `images` each, unless its update was skipped as not `finite`."""
         indices = torch.cat([codes.indices for codes in chosen])
-        z = torch.cat([codes.z.detach() for codes in chosen])
+        z = torch.cat([codes.z.detach().unflatten(0, (images, -1)) for codes in chosen])
         counts = torch.zeros_like(self.since_log)
         counts.index_add_(0, indices, finite.long().expand(len(indices)))  # bincount would wait for the device
         self.since_log += counts
         self.since_restart += counts
         self.tokens += len(indices) * self.processes
-        latents = torch.cat([self.latents, z.to(self.latents)])  # the latest ones come last
-        self.latents = latents[len(latents) - min(self.keep, len(latents)) :]
+        self.latents = torch.cat([self.latents.reshape(-1, *z.shape[1:]), z.to(self.latents)])  # the latest come last
+        share = -(-self.images_kept() // self.processes)  # whole images: whichever process saw them, they are the same
+        self.latents = self.latents[max(0, len(self.latents) - share) :]
         # Of all processes, so that the export does not depend on which of them writes it.
         z_moments = self.accelerator.reduce(torch.stack([z.mean(), z.square().mean()]).to(self.moments), "mean")
         finite = finite & z_moments.isfinite().all()
@@ -512,6 +519,15 @@ class CodeStatistics:
         # A mean over the first steps, a moving average after them.
         moved = self.moments.lerp(z_moments, 1 / self.steps.clamp(1, self.MEAN_OVER))
         self.moments = torch.where(finite, moved, self.moments)
+
+    def images_kept(self):
+        """By all processes together."""
+        return -(-self.keep // self.latents.shape[1])
+
+    def latest_latents(self):
+        """(all processes) [images, tokens, dim] of all of them, in the order of the samples."""
+        gathered = self.accelerator.gather(self.latents).unflatten(0, (self.processes, len(self.latents)))
+        return gathered.transpose(0, 1).flatten(0, 1)  # processes take every n-th sample
 
     def latent_deviation(self):
         """Standard deviation of the latents of the last steps, over everything."""
@@ -532,7 +548,7 @@ class CodeStatistics:
         unlucky = math.exp(-tokens_per_code)  # share of the codes that chance leaves out under uniform use
         if tokens_per_code < 8 and dead.float().mean() <= 2 * unlucky:
             return
-        pool = accelerator.gather(self.latents)
+        pool = self.latest_latents()[-self.images_kept() :].flatten(0, 1)
         pool = pool[pool.isfinite().all(1)]  # the last update may have been skipped
         if not len(pool):
             return
@@ -560,7 +576,7 @@ class CodeStatistics:
         return {
             "since_log": accelerator.reduce(self.since_log, "sum"),
             "since_restart": accelerator.reduce(self.since_restart, "sum"),
-            "latents": accelerator.gather(self.latents),
+            "latents": self.latest_latents(),
             "moments": self.moments,
             "tokens": self.tokens,
             "steps": self.steps,
@@ -571,9 +587,8 @@ class CodeStatistics:
         carries = 1 if accelerator.is_main_process else 0
         self.since_log.copy_(state["since_log"] * carries)
         self.since_restart.copy_(state["since_restart"] * carries)
-        share = len(state["latents"]) // self.processes  # alike on all, as they are gathered again
-        latents = state["latents"][accelerator.process_index * share :][:share].to(self.latents)
-        self.latents = latents[len(latents) - min(self.keep, len(latents)) :]
+        left_over = len(state["latents"]) % self.processes  # alike many on all, as they are gathered again
+        self.latents = state["latents"][left_over + accelerator.process_index :: self.processes].to(self.latents)
         self.moments.copy_(state["moments"])
         self.steps.copy_(state["steps"])
         self.tokens = state["tokens"]
@@ -599,10 +614,13 @@ def clip_and_step(accelerator, network, optimizer, loss, max_norm):
     """Clip, update, clear. Returns the gradient norm before clipping, and whether the update took place.
 
     A non-finite loss or gradient on any process skips the update on all of them, decided on the device: the fused
-    optimiser reads the flag there (fp16's scaler does the same by itself).
+    optimiser reads the flag there, fp16's scaler looks at the gradients.
     """
+    finite = accelerator.reduce(loss.isfinite().float(), "sum") == accelerator.num_processes
+    gradient = next(weight.grad for weight in network.parameters() if weight.grad is not None)
+    gradient.masked_fill_(~finite, math.nan)  # so that the gradients say it, too; they are those of all processes
     norm = accelerator.clip_grad_norm_(network.parameters(), max_norm or math.inf)  # with fp16 this unscales, too
-    finite = accelerator.reduce((loss.isfinite() & norm.isfinite()).float(), "sum") == accelerator.num_processes
+    finite = norm.isfinite()
     fused = optimizer.optimizer.defaults.get("fused")
     if fused and accelerator.scaler is None:
         optimizer.optimizer.found_inf = (~finite).float()
@@ -642,7 +660,7 @@ def generator_step(run, micro_batches, lam):
     norm, finite = clip_and_step(accelerator, run.generator, state.optimizers["generator"], total, args.max_grad_norm)
     if state.ema:
         state.ema.step(state.generator.parameters())
-    state.codes.record(chosen, finite)
+    state.codes.record(chosen, len(x), finite)
     state.averages.add({"opt/grad_norm": norm})
     state.averages.add({"opt/skipped": (~finite).float()})
     run.watch.skipped["generator"] = ~finite
@@ -656,15 +674,12 @@ def discriminator_step(run, pairs):
     for i, (x, x_hat) in enumerate(pairs):
         last = i == len(pairs) - 1
         with nullcontext() if last else accelerator.no_sync(run.discriminator):
-            loss, metrics = discriminator_loss(x, x_hat, run.discriminator, args.adversarial_loss)
-            if args.lecam_weight:
-                metrics["disc/lecam"] = lecam(metrics["disc/real"], metrics["disc/fake"], state.lecam_anchors)
-                loss = loss + args.lecam_weight * metrics["disc/lecam"]
-                means = torch.stack([metrics["disc/real"], metrics["disc/fake"]]).detach()
-                logits = logits + means.to(logits) / len(pairs)
+            objective = args.adversarial_loss, args.lecam_weight, state.lecam_anchors
+            loss, said = discriminator_loss(x, x_hat, run.discriminator, *objective)
             accelerator.backward(loss / len(pairs))
         total = total + loss.detach()
-        state.averages.add(metrics)
+        logits = logits + torch.stack([said["disc/real"], said["disc/fake"]]).detach().to(logits) / len(pairs)
+        state.averages.add(said)
     optimizer = state.optimizers["discriminator"]
     norm, finite = clip_and_step(accelerator, run.discriminator, optimizer, total, args.max_grad_norm)
     if args.lecam_weight:
@@ -681,15 +696,24 @@ def discriminator_step(run, pairs):
 class Schedule:
     """What happens when, in steps: the length of the run, learning rates, and the adversary's start and ramp."""
 
-    def __init__(self, args, images_per_step, n_images, earlier=None):
-        """`earlier`: what the resumed run recorded. A start that was a fraction of that run stays where it was."""
-        self.steps = args.max_train_steps or math.ceil(n_images * args.num_train_epochs / images_per_step)
+    def __init__(self, args, images_per_step, n_images, progress=None):
+        """progress: of the resumed checkpoint. A start that was a fraction of that run stays where it was."""
+        progress = progress or {}
+        earlier, taken = progress.get("schedule"), progress.get("step", 0)
+        if args.max_train_steps:
+            self.steps = args.max_train_steps
+        else:  # however large the steps before were, and those to come are
+            left = n_images * args.num_train_epochs - progress.get("samples_seen", 0)
+            self.steps = taken + max(0, math.ceil(left / images_per_step))
         self.flags = {name: getattr(args, name) for name in ("discriminator_start", "discriminator_warmup")}
         for name, flag in self.flags.items():
             step = flag if isinstance(flag, int) else round((flag or 0) * self.steps)
             step = min(self.steps // 10, 20000) if flag is None else step  # no published run waits much longer
             unchanged = earlier and not isinstance(flag, int) and earlier["flags"][name] == flag
             setattr(self, name, earlier[name] if unchanged else step)
+        beyond = f"step {self.discriminator_start} is beyond the end of the run, at step {self.steps}"
+        on = args.adversarial_weight and args.discriminator_start is not None and self.steps > taken
+        require(not on or self.discriminator_start < self.steps, f"--discriminator_start: {beyond}")
         scale = images_per_step if args.scale_lr else 1
         self.learning_rate, self.discr_learning_rate = args.learning_rate * scale, args.discr_learning_rate * scale
         self.adversarial_weight = args.adversarial_weight
@@ -702,7 +726,8 @@ class Schedule:
         """Multiplier as a function of the number of steps taken: no state to save or to get out of step."""
         stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
         schedule = get_scheduler(name, stand_in, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
-        return schedule.lr_lambdas[0]
+        factor = schedule.lr_lambdas[0]
+        return lambda step: factor(step + 1 if step < warmup_steps else step)  # a first step at rate 0 would be wasted
 
     def lambda_at(self, step):
         """Weight of the adversarial loss: 0 before the discriminator's start, then a linear ramp."""
@@ -728,8 +753,9 @@ def train_loop(run, batches):
     batches: the uint8 micro-batches of one step after another.
     """
     args, accelerator, state, schedule, watch = run.args, run.accelerator, run.state, run.schedule, run.watch
-    validated, clock = {}, Clock(state.samples_seen)
-    bar = tqdm(total=schedule.steps, initial=state.step, disable=not accelerator.is_main_process, desc="Steps")
+    validated, clock = None, Clock(state.samples_seen)
+    watched = accelerator.is_main_process and sys.stderr.isatty()  # a log file gets lines instead
+    bar = tqdm(total=schedule.steps, initial=state.step, disable=not watched, desc="Steps")
     while state.step < schedule.steps and not watch.stopping:
         with clock.timing("waiting"):
             micro_batches = next(batches)
@@ -758,6 +784,8 @@ def train_loop(run, batches):
             if due(state.step, args.checkpointing_steps) or (last and args.checkpointing_steps) or watch.stopping:
                 watch.saved = save_checkpoint(run)
     bar.close()
+    if validated is None and not watch.stopping:  # resumed at its end
+        validated = validate(run)
     return validated
 
 
@@ -780,18 +808,19 @@ class Run:
         self.args, self.accelerator = args, accelerator
         self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         drawn = (progress or {}).get("seed", random.SystemRandom().randrange(2**31))
+        self.checkpoint = checkpoint
         self.seed = broadcast_object_list([drawn])[0] if args.seed is None else args.seed
         set_seed(self.seed)
         generator, discriminator = build_generator(args), build_discriminator(args)
         self.images = load_validation_images(args)
         with accelerator.local_main_process_first():  # downloads once per machine
-            self.items, held_out = load_data(args, self.seed)
+            self.items, held_out, self.data_identity = load_data(args, self.seed)
             perceptual = build_perceptual(args)
             self.evaluator = None
             if held_out is not None:
                 self.evaluator = Evaluator(accelerator, held_out, perceptual, args, self.seed)
         n_images = None if args.streaming else len(self.items)
-        self.schedule = Schedule(args, self.images_per_step, n_images, (progress or {}).get("schedule"))
+        self.schedule = Schedule(args, self.images_per_step, n_images, progress)
         self.state = TrainingState(generator, discriminator, self.schedule, args, accelerator)
         self.watch = Watch()
         if checkpoint:
@@ -997,6 +1026,10 @@ def compile_networks(generator, discriminator, perceptual, args):
 # ---- Data ----------------------------------------------------------------------------------------------------------
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+HIDDEN_FOLDERS = (".", "__", "@eaDir", "$RECYCLE.BIN")  # also of archives, network drives and Windows
+PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+BYTES_OR_PATHS = ("binary", "large_binary", "string", "large_string")  # types of columns
+JUDGED_AFTER = 200  # training images read, when there are so many, before their readability is judged
 UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)  # what Pillow raises
 
 
@@ -1023,7 +1056,7 @@ def read_image(item, least=None):
             image.load()  # here, as exif_transpose would swallow a decoder's error
             return to_rgb(image)
     except UNREADABLE as error:
-        raise Unreadable(first_line(error)) from error
+        raise Unreadable(one_line(error)) from error
 
 
 def to_square(image, resolution, rng=None, flip=False):
@@ -1105,11 +1138,10 @@ class ShuffledSlice:
         return self.items[permute(self.start + i, len(self.items), self.seed)]
 
 
-def report_unreadable(kind, item, index, error):
-    """Once for each image that is skipped."""
-    name = item if isinstance(item, Path) else (item or {}).get("path") or f"number {index}"
-    logger.error(f"Skipped an unreadable {kind} image: {name}: {first_line(error)}")
-    return name
+def describe_fault(item, index, error):
+    """Which image it was, and what is wrong with it."""
+    name = item if isinstance(item, (Path, str)) else (item or {}).get("path") or f"number {index}"
+    return f"{name}: {one_line(error)}"
 
 
 def random_numbers_of_sample(g, seed):
@@ -1131,30 +1163,44 @@ class SampleStream(Dataset):
         return permute(i, len(self.items), self.seed + 1_000_003 * epoch)
 
     def __getitem__(self, g):
-        """uint8 [3, resolution, resolution]. An unreadable image is reported and its neighbour taken."""
-        for attempt in range(10):
-            index = (self.index(g) + attempt) % len(self.items)
+        """uint8 [3, resolution, resolution], and what was wrong with its own item, or None.
+
+        In the place of an unreadable image others are drawn: its neighbours are likely to be as bad.
+        """
+        index, fault = self.index(g), None
+        replacements = random_numbers_of_sample(g, self.seed + 1)
+        for _ in range(100):
             try:
-                return augment(self.items[index], random_numbers_of_sample(g, self.seed), self.args)
+                return augment(self.items[index], random_numbers_of_sample(g, self.seed), self.args), fault
             except Unreadable as error:
-                name = report_unreadable("training", self.items[index], index, error)
-        raise UserError(f"ten training images in a row cannot be read; the last one: {name}")
+                last = describe_fault(self.items[index], index, error)
+            fault = fault or last
+            index = replacements.randrange(len(self.items))
+        raise UserError(f"a hundred training images, drawn at random, cannot be read; the last one: {last}")
 
 
-def training_batches(items, args, seed, start, accelerator):
-    """Endless uint8 micro-batches [train_batch_size, 3, resolution, resolution] of this process: every world-th sample
-    from `start`, the number of samples that all processes have seen.
+def collate(samples):
+    """A micro-batch, and the faults of its images' own items."""
+    images, faults = zip(*samples)
+    return torch.stack(images), faults
+
+
+def training_batches(items, args, seed, start, accelerator, watch):
+    """Endless pairs of this process: uint8 micro-batches [train_batch_size, 3, resolution, resolution] of every world-th
+    sample from `start`, the number of samples that all processes have seen; and for each image its fault, or None.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     workers = min(8, cores_per_process()) if args.dataloader_num_workers is None else args.dataloader_num_workers
     if args.streaming:
-        yield from streamed_batches(items, args, seed, start, rank, world, workers)
+        yield from streamed_batches(items, args, seed, start, rank, world, workers, watch)
         return
+    watch.pass_length = -(-len(items) // world)
     handler = signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(
         SampleStream(items, args, seed),
         sampler=itertools.count(start + rank, world),
         batch_size=args.train_batch_size,
+        collate_fn=collate,
         num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -1166,57 +1212,58 @@ def training_batches(items, args, seed, start, accelerator):
         died = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in str(error)
         if not died:  # raised by a worker
             raise
-        again = "the same command with --resume_from_checkpoint latest goes on, with fewer workers if it happens again"
-        raise UserError(f"--dataloader_num_workers: a data worker died, {first_line(error)}; {again}") from error
+        again = f"{GO_ON}, with fewer workers if it happens again"
+        raise UserError(f"--dataloader_num_workers: a data worker died, {one_line(error)}; {again}") from error
 
 
-def streamed_batches(dataset, args, seed, start, rank, world, threads):
+def streamed_batches(dataset, args, seed, start, rank, world, threads, watch):
     """--streaming: batches of the shuffled stream again and again; process `rank` takes every world-th sample.
 
     Resuming reads past what was seen, undecoded: a position in a remote stream cannot be jumped to. Threads, not
     processes, decode: each further process would read the whole stream again.
     """
-    dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
     dataset = dataset.shuffle(seed=seed, buffer_size=1000)
 
     def rows():
         for epoch in itertools.count():
             dataset.set_epoch(epoch)
-            empty = True
-            hint = "; the same command with --resume_from_checkpoint latest goes on"
+            rows_read = 0
+            hint = f"; {GO_ON}"
             with user_error(f"--streaming: {args.dataset_name} broke off", Exception, hint):  # readers have their own
                 for row in dataset:
-                    empty = False
+                    rows_read += 1
                     yield row[args.image_column]
-            require(not empty, f"--dataset_name: {args.dataset_name} has no images in its train split")
+            require(rows_read, f"--dataset_name: {args.dataset_name} has no images in its train split")
+            watch.pass_length = -(-rows_read // world)
 
     samples = itertools.islice(enumerate(rows()), start + rank, None, world)
 
     def load(g, item):
         return augment(item, random_numbers_of_sample(g, seed), args)
 
-    readable, bad_batches = [], 0
-    for batch in read_ahead("training", samples, load, args.train_batch_size, threads):
-        bad_batches = 0 if batch else bad_batches + 1
-        if bad_batches == 10:
-            raise UserError("ten batches of training images in a row cannot be read")
-        readable = [image for _, image in batch] or readable
-        if readable:  # in the place of unreadable ones the others of their batch come again
-            yield torch.stack([*itertools.islice(itertools.cycle(readable), args.train_batch_size)])
+    readable = []
+    for batches_read, batch in enumerate(read_ahead(samples, load, args.train_batch_size, threads), 1):
+        images, faults = zip(*batch)
+        readable = [image for image in images if image is not None] or readable
+        if not readable and batches_read * args.train_batch_size >= JUDGED_AFTER:
+            raise UserError(f"--dataset_name: no image of {args.dataset_name} can be read; the last one: {faults[-1]}")
+        if readable:  # in the place of unreadable ones others of their batch come again
+            others = itertools.cycle(readable)
+            yield torch.stack([next(others) if image is None else image for image in images]), faults
 
 
-def read_ahead(kind, numbered, load, size, threads):
-    """Lists [(number, load(number, item))] of up to `size`, without the unreadable; threads make the next meanwhile."""
+def read_ahead(numbered, load, size, threads):
+    """Lists of up to `size` pairs (load(number, item), None), or (None, fault); threads make the next meanwhile."""
 
-    def load_or_report(i, item):
+    def load_or_describe(i, item):
         try:
-            return i, load(i, item)
+            return load(i, item), None
         except Unreadable as error:
-            report_unreadable(kind, item, i, error)
+            return None, describe_fault(item, i, error)
 
     def batches():
         while chunk := list(itertools.islice(numbered, size)):
-            yield list(filter(None, pool.map(load_or_report, *zip(*chunk))))
+            yield list(pool.map(load_or_describe, *zip(*chunk)))
 
     with ThreadPoolExecutor(max(1, threads) + 1) as pool:
         made = batches()
@@ -1235,7 +1282,9 @@ def step_batches(batches, per_step, steps, watch):
     for step in range(steps):
         try:
             while len(fetched) < min(3, steps - step) and not watch.failure:
-                fetched.append([next(batches) for _ in range(per_step)])
+                micro_batches, faults = zip(*(next(batches) for _ in range(per_step)))
+                watch.note_faults(itertools.chain(*faults))
+                fetched.append(micro_batches)
         except UserError as error:
             watch.failure = error
         if not fetched:
@@ -1244,88 +1293,167 @@ def step_batches(batches, per_step, steps, watch):
 
 
 def held_out_batches(items, n, args, rank, world):
-    """(numbers, uint8 [<= train_batch_size, 3, resolution, resolution]): each of the first n images in one process."""
+    """Each of the first n images in one process: (numbers, uint8 [<= train_batch_size, 3, resolution, resolution]) of
+    the readable ones, and the faults of the others.
+    """
     if isinstance(items, datasets.IterableDataset):
-        stream = itertools.islice(items.cast_column(args.image_column, datasets.Image(decode=False)), n)
-        numbered = ((i, row[args.image_column]) for i, row in enumerate(stream) if i % world == rank)
+        stream = enumerate(itertools.islice(items, n))
+        numbered = ((i, row[args.image_column]) for i, row in stream if i % world == rank)
     else:
         numbered = ((i, items[i]) for i in range(rank, n, world))
 
     def square(i, item):
-        return to_square(read_image(item), args.resolution)
+        return i, to_square(read_image(item), args.resolution)
 
-    batches = read_ahead("held-out", numbered, square, args.train_batch_size, cores_per_process())
-    for batch in filter(None, batches):
-        numbers, images = zip(*batch)
-        yield numbers, torch.stack(images)
+    for batch in read_ahead(numbered, square, args.train_batch_size, cores_per_process()):
+        faults = [fault for _, fault in batch if fault]
+        numbers, images = zip(*(pair for pair, _ in batch if pair)) if len(faults) < len(batch) else ((), ())
+        yield numbers, torch.stack(images) if images else None, faults
 
 
 def load_data(args, seed):
-    """(training images, held-out images or None).
+    """(training images, held-out images or None, what tells the training data from other data).
 
-    Each is something with len() and [i] for `open_image`, or an iterable data set (--streaming).
+    Images are something with len() and [i] for `open_image`, or an iterable data set (--streaming).
     """
-    items = held_out = None
+    items = held_out = identity = None
     if not args.eval_only or args.validation_fraction:
         if args.dataset_name:
-            items = load_split(args, "train")
+            items, identity = load_split(args, "train")
         else:
-            items = list_images("--train_data_dir", args.train_data_dir or REPOSITORY / "images" / "train")
+            items = list_images("--train_data_dir", args.train_data_dir or REPOSITORY / "images" / "train", args)
+            identity = items.identity
     if args.validation_data_dir:
-        held_out = list_images("--validation_data_dir", args.validation_data_dir)
+        held_out = list_images("--validation_data_dir", args.validation_data_dir, args)
     elif args.validation_split:
-        held_out = load_split(args, args.validation_split)
+        held_out, _ = load_split(args, args.validation_split)
     if args.streaming or items is None:
-        return items, held_out
+        return items, held_out, identity
     n_held_out = max(1, round(args.validation_fraction * len(items))) if args.validation_fraction else 0
     n_held_out = min(n_held_out, len(items) - (not args.eval_only))
     if n_held_out:
         held_out = ShuffledSlice(items, 0, n_held_out, seed)
         logger.info(f"Held out {n_held_out} of {len(items)} training images for validation, see --validation_fraction")
     n = min(args.max_train_samples or len(items), len(items) - n_held_out)
-    return items if n == len(items) else ShuffledSlice(items, n_held_out, n, seed), held_out
+    return items if n == len(items) else ShuffledSlice(items, n_held_out, n, seed), held_out, identity
 
 
-def list_images(flag, folder):
-    """All image files below `folder`, links followed, sorted."""
-    found, visited = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(root) in visited:  # a link back
-            folders.clear()
+class ImageFiles:
+    """Paths of image files as one flat array, which data workers share: path objects would be copied into each."""
+
+    def __init__(self, folder, files):
+        """files: sorted pairs (name below `folder`, bytes)."""
+        names = [os.fsencode(name) for name, _ in files]
+        self.folder, self.identity = os.fsencode(folder), identity_of_files(files)
+        self.ends = np.cumsum([0, *map(len, names)])
+        self.names = np.frombuffer(b"".join(names), dtype=np.uint8)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        name = self.names[self.ends[i] : self.ends[i + 1]].tobytes()
+        return Path(os.fsdecode(os.path.join(self.folder, name)))
+
+
+def identity_of_files(files):
+    """Of pairs (name, bytes), wherever their folder lies. Contents are not read."""
+    listing = "".join(f"{name}\0{size}\n" for name, size in files)
+    return f"{len(files)} files, {hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]}"
+
+
+def list_files(folder, args):
+    """(sorted pairs (name below `folder`, bytes), what was left out, with counts). Links are followed.
+
+    Left out are hidden files and folders, as `datasets` does, and what this run writes there.
+    """
+    output = Path(args.output_dir)
+    own = {os.path.realpath(output / name) for name in ("", "validation", "wandb", args.logging_dir)}
+    found, visited, left_out = [], set(), Counter()
+
+    def not_entered(error):
+        left_out["folders that may not be entered"] += 1
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=not_entered):
+        place = os.path.realpath(root)
+        if place in visited or (place in own and root != folder):
+            folders.clear()  # a link back, or results
             continue
-        visited.add(os.path.realpath(root))
-        found += [Path(root) / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    found = sorted(path for path in found if path.is_file())
-    require(found, f"{flag}: no images in {folder} ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    return found
+        visited.add(place)
+        shown = [name for name in folders if not name.startswith(HIDDEN_FOLDERS)]
+        left_out["hidden"] += len(folders) - len(shown)
+        folders[:] = shown
+        for name in names:
+            path = os.path.join(root, name)
+            if name.startswith("."):
+                left_out["hidden"] += 1
+            elif os.path.isfile(path):
+                found.append((os.path.relpath(path, folder), os.path.getsize(path)))
+            else:
+                left_out["broken links"] += 1
+    return sorted(found), left_out
+
+
+def list_images(flag, folder, args):
+    """ImageFiles of all below `folder`; says what was left out."""
+    files, left_out = list_files(str(folder), args)
+    images = [(name, size) for name, size in files if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    others = Counter(Path(name).suffix.lower() or "without a suffix" for name, _ in files)
+    for suffix, n in others.most_common():
+        if suffix not in IMAGE_SUFFIXES:
+            remedy = f" (pip install {PLUGINS[suffix]})" if suffix in PLUGINS else ""
+            left_out[f"{suffix}{remedy}"] = n
+    listed = ", ".join(f"{n:,} {what}" for what, n in left_out.items() if n)
+    if listed:
+        logger.info(f"{flag}: left out below {folder}: {listed}")
+    require(images, f"{flag}: no images in {folder}" + (f"; left out: {listed}" if listed else ""))
+    return ImageFiles(folder, images)
 
 
 def load_split(args, split):
-    """Images of one split of --dataset_name, undecoded: saved by `save_to_disk`, of a directory, or on the Hub."""
+    """(images, undecoded, identity) of one split of --dataset_name: saved, of a local directory, or on the Hub."""
     name, path, column = args.dataset_name, Path(args.dataset_name), args.image_column
     flag = "--dataset_name" if split == "train" else "--validation_split"
     options = {"split": split, "cache_dir": args.cache_dir, "streaming": args.streaming}
-    hint = ""
+    saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    configuration = f"--dataset_config_name: {name} was saved by save_to_disk, which keeps no configurations"
+    require(not (saved and args.dataset_config_name), configuration)
+    hint = "; --dataset_config_name chooses a configuration"
     if not path.exists():
-        hint = "; there is no such local directory, and the Hub did not give it: check the name and the network"
+        hint += "; there is no such local directory, and the Hub did not give it: check the name and the network"
         logger.info(f"Contacting the Hugging Face Hub for data set {name}")
     with user_error(f"{flag}: cannot read the {split} split of {name}", Exception, hint):  # formats have their own
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if saved:
             dataset = datasets.load_from_disk(name)
             dataset = dataset if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
             require(split in dataset, f"{flag}: {name} has no {split} split; it has: {', '.join(dataset)}")
             dataset = dataset[split].to_iterable_dataset() if args.streaming else dataset[split]
         else:
             dataset = datasets.load_dataset(name, args.dataset_config_name, **options)
+    files = list_files(name, args)[0] if path.is_dir() else []
+    identity = identity_of_files(files) if files else f"{name} {sorted(dataset.info.download_checksums or {})}"
     features = dataset.features or {}
-    images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = [key for key, feature in features.items() if may_hold_images(feature)]
     known = not features or column in images
-    listed = f"columns with images: {', '.join(images) or 'none'}; all: {', '.join(features)}"
+    listed = f"columns that may hold images: {', '.join(images) or 'none'}; all: {', '.join(features)}"
     require(known, f"--image_column: '{column}' is no column of images in {name}; {listed}")
     if args.streaming:
-        return dataset
+        dataset = dataset.select_columns([column])  # the others are not even decoded
+        # as undecoded images, also where a stream does not know its columns
+        return dataset.cast(datasets.Features({column: datasets.Image(decode=False)})), identity
     require(len(dataset), f"--dataset_name: {name} has no images in its {split} split")
-    return dataset.cast_column(column, datasets.Image(decode=False))[column]
+    n_files = sum(Path(file).suffix.lower() in IMAGE_SUFFIXES for file, _ in files)
+    if len(dataset) < n_files:
+        fewer = f"the {split} split of {name} holds {len(dataset)} of the {n_files} images below it"
+        logger.warning(f"{flag}: {fewer}; if folders were taken for splits, --train_data_dir reads all of them")
+    return dataset.cast_column(column, datasets.Image(decode=False))[column], identity
+
+
+def may_hold_images(feature):
+    """Whether `datasets` casts a column to images: so declared, or bytes, paths, or both, as pandas writes them."""
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= set(feature)
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in BYTES_OR_PATHS
 
 
 def cores_per_process():
@@ -1356,6 +1484,7 @@ def from_model(x, args):
 
 BEST = {"psnr": max, "ssim": max, "perceptual": min, "lpips": min, "rfid": min, "frechet": min}
 SSIM_WINDOW = 11  # pixels, as Wang et al. 2004 and scikit-image
+LPIPS_SIDE = 16  # pixels: vgg16 halves them four times before its last layer used
 
 
 def validate(run):
@@ -1363,7 +1492,9 @@ def validate(run):
     metrics, protocol = {}, {}
     with as_exported(run.state):
         if run.evaluator:
-            metrics, counts = run.evaluator(run.state.generator)
+            metrics, counts = run.evaluator(run.state.generator, run.watch)
+            if run.watch.stopping:
+                return {}
             if metrics:
                 protocol["protocol"] = run.evaluator.protocol("EMA" if run.state.ema else "generator")
                 log_codes(run, counts)
@@ -1383,14 +1514,19 @@ class Evaluator:
 
     def __init__(self, accelerator, items, perceptual, args, seed):
         """UserError for a metric that was asked for and cannot be had."""
-        self.items, self.args, self.seed, self.accelerator = items, args, seed, accelerator
+        self.args, self.seed, self.accelerator, self.reported = args, seed, accelerator, set()
         at_most = args.num_validation_samples or (500 if not args.eval_only else None)
-        self.n = at_most if isinstance(items, datasets.IterableDataset) else min(at_most or len(items), len(items))
+        self.streamed = isinstance(items, datasets.IterableDataset)
+        self.n = at_most if self.streamed else min(at_most or len(items), len(items))
+        drawn = not self.streamed and self.n < len(items)  # the first ones of a folder are often of a kind
+        self.items = ShuffledSlice(items, 0, self.n, seed=0) if drawn else items
         self.distances = {f"perceptual_{args.timm_model_backend}": perceptual} if perceptual else {}
         self.frechet = {}
         if args.resolution < SSIM_WINDOW:
             logger.warning(f"val/ssim is left out: its window needs --resolution {SSIM_WINDOW}")
-        if args.lpips_weights != "none":
+        if args.resolution < LPIPS_SIDE:
+            logger.warning(f"val/lpips_vgg16 is left out: its network needs --resolution {LPIPS_SIDE}")
+        elif args.lpips_weights != "none":
             stages = choose_stages("vgg16")
             with user_error("--lpips_weights", ValueError, "; none leaves LPIPS out"):
                 features = TimmFeatures("vgg16", stages, args.lpips_weights, args.cache_dir)
@@ -1415,10 +1551,10 @@ class Evaluator:
 
     @torch.no_grad()
     @exact_fp32()
-    def __call__(self, generator):
-        """(all processes) Metrics over the first `n` held-out images, each counted once, and how often codes were used.
+    def __call__(self, generator, watch):
+        """(all processes) Metrics over `n` held-out images, each counted once, and how often codes were used.
 
-        generator: a VQModel with our Quantizer, in eval mode. Everything is measured in fp32 on reconstructions rounded
+        generator: a VQModel with our Quantizer, in eval mode. No metrics after a signal, see `watch`. Everything is measured in fp32 on reconstructions rounded
         to 8 bits: PSNR in dB (at most 100), SSIM, perceptual distances, Frechet distances; the codebook's use, with
         the expected use `bound` of equally likely codes, its perplexity, and the mean squared error of the quantiser.
         """
@@ -1426,7 +1562,21 @@ class Evaluator:
         counts = torch.zeros(len(generator.quantize.codebook()), dtype=torch.long)
         sums, totals = Counter(), Counter()
         rank, world = accelerator.process_index, accelerator.num_processes
-        for numbers, images in held_out_batches(self.items, self.n, args, rank, world):
+        batches = held_out_batches(self.items, self.n, args, rank, world)
+        while True:
+            numbers, images, faults = next(batches, (None, None, []))
+            # Agreed between two batches: a whole evaluation can take longer than a launcher waits after a signal.
+            ahead = gather_object([(watch.signal, numbers is not None)])
+            if any(number for number, _ in ahead):
+                watch.stopping = True
+                return {}, counts
+            if not any(more for _, more in ahead):
+                break
+            for fault in set(faults) - self.reported:
+                logger.error(f"Skipped an unreadable held-out image: {fault}")
+                self.reported.add(fault)
+            if images is None:
+                continue
             rounded, codes = reconstruct(generator, images.to(accelerator.device), args)
             if args.save_reconstructions:
                 self.save(numbers, original=images, reconstruction=rounded.cpu())
@@ -1476,7 +1626,8 @@ class Evaluator:
         part = args.validation_split or f"{args.validation_fraction} held out with seed {self.seed}"
         return {
             "weights": weights,
-            "data": source if args.validation_data_dir else f"{source}, {part}",
+            "data": portable(source) if args.validation_data_dir else f"{portable(source)}, {part}",
+            "sample": f"the first {self.n}" if self.streamed else f"{self.n} drawn with seed 0",
             "resolution": args.resolution,
             "crop": "centre, side as the short one, resized by torch (bicubic, antialiased)",
             "rounding": "reconstructions clipped and rounded to 8 bits",
@@ -1561,9 +1712,10 @@ def log_codes(run, counts):
 
 def keep_best(run, metrics):
     """(main process) Export to output_dir/best when --save_best is better than what best.json there says."""
-    best = Path(run.args.output_dir) / "best"
-    key = next((key for key in metrics if key.startswith(f"val/{run.args.save_best}_")), None)
-    earlier = read_best(best).get(key)
+    best, metric = Path(run.args.output_dir) / "best", f"val/{run.args.save_best}_"
+    key = next((key for key in metrics if key.startswith(metric)), None)
+    # over however many images: --num_validation_samples may change, and files may become unreadable
+    earlier = next((value for name, value in read_best(best).items() if name.startswith(metric)), None)
     if key is None or (earlier is not None and BEST[run.args.save_best](earlier, metrics[key]) == earlier):
         return
     with keep_going("keep the best export"):
@@ -1667,13 +1819,15 @@ def save_checkpoint(run):
             export(run, folder)
             for name, weights in state.pop("weights").items():
                 save_difference(weights, name, folder)
+            if (output / "best").exists():
+                link_tree(output / "best", folder / "best")
             with open(folder / "training.pt", "wb") as file:  # a full disk is an OSError then
                 torch.save(state, file)
             progress["files"] = manifest(folder)
             (folder / "progress.json").write_text(json.dumps(progress, indent=2))
     except WRITE_ERRORS as error:
         good = (checkpoints(output) or ["none"])[-1]
-        why = first_line(error)
+        why = one_line(error)
         logger.error(f"Could not save {final}: {why}; training goes on, the last good checkpoint is {good}")
         return False
     logger.info(f"Saved {final}")
@@ -1683,6 +1837,18 @@ def save_checkpoint(run):
             old.rename(output / f"unfinished-{old.name}")  # never half of one under its own name
         finish_interrupted(output)
     return True
+
+
+def link_tree(source, target):
+    """The same folder once more, without its bytes where the file system has hard links. No file here is written twice."""
+
+    def link_or_copy(file, new):
+        try:
+            os.link(file, new)
+        except OSError:
+            shutil.copy2(file, new)
+
+    shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
 
 
 def save_difference(weights, name, folder):
@@ -1704,7 +1870,7 @@ def load_weights(folder, name):
 def load_checkpoint(run, checkpoint, progress):
     """(all processes) The reverse of `save_checkpoint`; UserError where what is trained has changed."""
     before, identity = progress["identity"], identity_of(run)
-    for key in before | identity:
+    for key in before:  # a newer version of a library may know more settings
         was, now = before.get(key), identity.get(key)
         remedy = "restore it, or start afresh in another --output_dir"
         require(was == now, f"--resume_from_checkpoint: {key} was {was} in {checkpoint} and is {now} now; {remedy}")
@@ -1723,7 +1889,7 @@ def identity_of(run):
     """What must be the same when a run is resumed: the flags marked in the table, the data, and both configs."""
     args, networks = run.args, {"model": run.state.generator, "discriminator": run.state.discriminator}
     identity = {f"--{name}": getattr(args, name) for name in build_parser().fixed_flags()} | {"--seed": run.seed}
-    identity["number of training images"] = None if args.streaming else len(run.items)
+    identity["training data"] = run.data_identity
     for name, network in networks.items():
         settled = {k: v for k, v in network.config.items() if not k.startswith("_") and k != "scaling_factor"}
         identity |= {f"{name} config {key}": value for key, value in settled.items()}
@@ -1737,11 +1903,13 @@ def find_checkpoint(args):
     """
     output, resume = Path(args.output_dir), args.resume_from_checkpoint
     present, flag = checkpoints(output, intact=False), "--resume_from_checkpoint"
+    results = read_metrics(args) or [name for name in ("vqmodel", "best") if (output / name).exists()]
     if not resume:
         remedy = f"add {flag} latest to go on with it, or choose another directory"
-        taken = present or (output / "metrics.jsonl").exists()
-        require(not taken, f"--output_dir: {output} already holds a run; {remedy}")
+        require(not present and not results, f"--output_dir: {output} already holds a run; {remedy}")
         return None, {}
+    nothing = f"{output} holds results of a run, but no checkpoint to go on from; move them away to start afresh"
+    require(present or not results, f"{flag}: {nothing}, or choose another --output_dir")
     for checkpoint in reversed(present) if resume == "latest" else [Path(resume)]:
         fault = find_fault(checkpoint)
         if not fault:
@@ -1832,12 +2000,13 @@ def finish_interrupted(output):
 
 
 def sync(path):
-    """Force a file or directory to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Force a file to disk, or a directory where the file system can: network shares and FUSE often cannot."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager
@@ -1941,7 +2110,7 @@ def create_repository(args):
 
 def upload(args, repository):
     """(main process)"""
-    ignored = ["checkpoint-*", "unfinished-*", "wandb/*", f"{args.logging_dir}/*"]
+    ignored = [".lock", "checkpoint-*", "unfinished-*", "wandb/*", f"{args.logging_dir}/*"]
     what, hint = f"--push_to_hub: {repository} was not uploaded", f"; the result is in {args.output_dir}"
     with user_error(what, Exception, hint):
         api = HfApi(token=args.hub_token)
@@ -2001,14 +2170,41 @@ class Watch:
         self.stopping = False  # one of the processes got a signal, or has no more data
         self.bad_steps = 0  # in a row
         self.saved = True  # whether the last checkpoint could be written
-        self.warned = False  # of a discriminator that has won or collapsed
+        self.warned = set()  # what was warned of once
+        self.reported = set()  # faults of training images
+        self.pass_length = math.inf  # training images of this process in one pass over the data, once known
+        self.read_images = self.faulty_images = 0  # of the first pass, by this process: there each comes once
+        self.skipped_images = 0  # the same of all processes
+
+    def note_faults(self, faults):
+        """Name each unreadable training image once, and count. faults: one for each image fetched, or None."""
+        for fault in faults:
+            if fault and fault not in self.reported:
+                logger.error(f"Skipped an unreadable training image: {fault}")
+                self.reported.add(fault)
+            if self.read_images < self.pass_length:
+                self.read_images += 1
+                self.faulty_images += fault is not None
+
+    def judge_data(self, read, faulty, over, run):
+        """Warn of unreadable images, and stop when they are too many. Counts are those of all processes."""
+        self.skipped_images = int(faulty)
+        if read < JUDGED_AFTER and over < run.accelerator.num_processes:
+            return
+        found = f"{faulty:.0f} of {read:.0f} training images cannot be read"
+        if faulty > run.args.max_bad_fraction * read and not self.failure:
+            self.failure, self.stopping = UserError(f"--max_bad_fraction: {found}; {GO_ON}"), True
+        elif faulty > 0.01 * read and "data" not in self.warned:
+            logger.warning(f"{found}; others take their place, and the run stops at --max_bad_fraction")
+            self.warned.add("data")
 
     def end_of_step(self, run, last):
         """(all processes) Read what the step before sent, and send this one. Alone, there is nobody to wait for."""
         self.read(run)
         device, ends_here = run.accelerator.device, self.signal is not None or self.failure is not None
-        endings = run.accelerator.reduce(torch.full((), float(ends_here), device=device), "sum")
-        flags = torch.stack([endings, *(skipped.float() for skipped in self.skipped.values())])
+        counts = [ends_here, self.read_images, self.faulty_images, self.read_images >= self.pass_length]
+        counts = run.accelerator.reduce(torch.tensor(counts, dtype=torch.float32).to(device), "sum")
+        flags = torch.cat([counts, *(skipped.float().reshape(1) for skipped in self.skipped.values())])
         flags = flags.to("cpu", non_blocking=device.type == "cuda")
         arrived = torch.cuda.Event() if device.type == "cuda" else None
         if arrived:
@@ -2024,8 +2220,9 @@ class Watch:
         (step, players, flags, arrived), self.sent = self.sent, None
         if arrived:
             arrived.synchronize()
-        endings, *skipped = flags.tolist()
+        endings, read, faulty, over, *skipped = flags.tolist()
         self.stopping = endings > 0
+        self.judge_data(read, faulty, over, run)
         bad = " and ".join(player for player, flag in zip(players, skipped) if flag)
         self.bad_steps = self.bad_steps + 1 if bad else 0
         if not bad:
@@ -2080,7 +2277,7 @@ def keep_going(what):
     try:
         yield
     except WRITE_ERRORS as error:
-        logger.warning(f"Could not {what}: {first_line(error)}")
+        logger.warning(f"Could not {what}: {one_line(error)}")
 
 
 class TqdmHandler(logging.Handler):
@@ -2125,18 +2322,24 @@ def log_training(run, clock, bar):
     metrics["opt/discriminator_lr"] = state.optimizers["discriminator"].param_groups[0]["lr"]
     metrics.setdefault("opt/adversarial_weight", run.schedule.lambda_at(state.step - 1))
     warn_of_discriminator(run, metrics)
+    metrics["data/skipped"] = run.watch.skipped_images
     metrics |= clock.read(state.samples_seen)
     if accelerator.device.type == "cuda":
         metrics["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     write_metrics(run, metrics)
     shown = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "disc", "codebook/used": "codes"}
-    bar.set_postfix({name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics})
+    shown = {name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics}
+    bar.set_postfix(shown)
+    if bar.disable:
+        shown = ", ".join(f"{name} {value}" for name, value in shown.items())
+        speed = metrics["speed/images_per_sec"]
+        logger.info(f"Step {state.step} of {run.schedule.steps}: {shown}, {speed:.3g} images/s")
 
 
 def warn_of_discriminator(run, metrics):
     """One line, once, when the discriminator of the last log window has won or collapsed."""
     ramp_over = run.state.step > run.schedule.discriminator_start + run.schedule.discriminator_warmup
-    if run.watch.warned or not ramp_over or "disc/accuracy" not in metrics:
+    if "discriminator" in run.watch.warned or not ramp_over or "disc/accuracy" not in metrics:
         return
     accuracy, gap = metrics["disc/accuracy"], abs(metrics["disc/real"] - metrics["disc/fake"])
     if accuracy > 0.98:
@@ -2145,7 +2348,7 @@ def warn_of_discriminator(run, metrics):
         advice = "has collapsed; raise --discr_learning_rate, or give it time with a lower --adversarial_weight"
     else:
         return
-    run.watch.warned = True
+    run.watch.warned.add("discriminator")
     logger.warning(f"Step {run.state.step}: the discriminator is right {accuracy:.0%} of the time: it {advice}")
 
 
@@ -2167,15 +2370,21 @@ def read_metrics(args):
     return lines
 
 
-def drop_abandoned(args, step):
-    """(main process) Drop the lines of metrics.jsonl and a best export beyond `step`: its steps are taken again."""
-    best, path = Path(args.output_dir) / "best", Path(args.output_dir) / "metrics.jsonl"
-    if read_best(best).get("step", 0) > step:
-        shutil.rmtree(best)
+def drop_abandoned(run):
+    """(main process) Take metrics.jsonl and best/ back to the resumed checkpoint: the steps after it are taken again."""
+    if not run.checkpoint:
+        return
+    best, path = Path(run.args.output_dir) / "best", Path(run.args.output_dir) / "metrics.jsonl"
     new = path.with_suffix(".new")
-    with user_error(f"--output_dir: cannot write to {args.output_dir}", OSError, "; make room"):
-        new.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(args) if line["step"] <= step))
+    with user_error(f"--output_dir: cannot write to {run.args.output_dir}", OSError):
+        lines = [json.dumps(line) + "\n" for line in read_metrics(run.args) if line["step"] <= run.state.step]
+        new.write_text("".join(lines))
         new.replace(path)
+        if (run.checkpoint / "best").exists():
+            with replaced(best) as folder:
+                link_tree(run.checkpoint / "best", folder)
+        elif best.exists():
+            shutil.rmtree(best)
 
 
 def public_config(run):
@@ -2183,7 +2392,16 @@ def public_config(run):
     values = {name: value for name, value in vars(run.args).items() if "token" not in name}
     values |= {f"derived/{name}": value for name, value in run.schedule.recorded().items() if name != "flags"}
     values["derived/seed"] = run.seed
-    return {k: v if isinstance(v, (int, float, str)) else " ".join(map(str, v)) if v else "" for k, v in values.items()}
+    lists = {k: " ".join(map(portable, v or [])) for k, v in values.items() if not isinstance(v, (int, float, str))}
+    return {name: portable(value) for name, value in values.items()} | lists
+
+
+def portable(value):
+    """A local path as it reads elsewhere: from the repository on, or its last part. Anything else as it is."""
+    if not isinstance(value, str) or os.sep not in value or not os.path.exists(value):
+        return value
+    path = Path(value).resolve()
+    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else path.name
 
 
 def versions():
@@ -2222,6 +2440,11 @@ def log_setup(run):
     )
     if run.perceptual:
         logger.info(f"Perceptual layers of {args.timm_model_backend}: {', '.join(run.perceptual.layers)}")
+    if run.state.step >= schedule.steps:
+        logger.info(f"Nothing is left to train: {run.state.step} steps have been taken")
+    if schedule.steps < 10 * args.lr_warmup_steps and "constant" != args.lr_scheduler:
+        warm_up = f"{args.lr_warmup_steps} steps of warm-up are more than a tenth of the {schedule.steps} steps"
+        logger.warning(f"--lr_warmup_steps: {warm_up}; the learning rate is low for much of the run")
     if args.adversarial_weight:
         full = schedule.discriminator_start + schedule.discriminator_warmup
         logger.info(f"Discriminator from step {schedule.discriminator_start}, at full weight from step {full}")
@@ -2251,6 +2474,8 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
 
         def add(name, fixed=False, **options):
+            if not {"action", "choices", "type"} & set(options):
+                options["type"] = text
             group.add_argument(name, **options).fixed = fixed
 
         return add
@@ -2307,26 +2532,42 @@ def steps_or_fraction(text):
     return number(int, 0)(text) if re.fullmatch(r"-?\d+", text) else number(float, 0, 1)(text)
 
 
+def text(value):
+    """An argparse type: a name or path, with ~ expanded. An empty one is a variable of the shell that is not set."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("is empty; leave the flag out for its default")
+    return os.path.expanduser(value)
+
+
 def accepted(test, problem):
     """An argparse type: text that passes `test`."""
 
-    def parse(text):
-        if not test(text):
-            raise argparse.ArgumentTypeError(problem.format(text))
-        return text
+    def parse(value):
+        value = text(value)
+        if not test(value):
+            raise argparse.ArgumentTypeError(problem.format(value))
+        return value
 
     return parse
+
+
+def folder(value):
+    """An argparse type: an existing folder."""
+    value = text(value)
+    if not os.path.isdir(value):
+        problem = f"{value} is a file, not a folder" if os.path.exists(value) else f"no such folder: {value}"
+        raise argparse.ArgumentTypeError(problem)
+    return value
 
 
 FOREIGN = (
     "{} is a single file; checkpoints of taming-transformers, LDM, LlamaGen or MaskGIT are not read; convert them to a "
     "diffusers VQModel directory (vqmodel/ of a run, or a Hub id) first"
 )
-folder = accepted(os.path.isdir, "no such folder: {}")
 file = accepted(os.path.isfile, "no such file: {}")
-config = accepted(lambda text: not text.endswith(".json") or os.path.isfile(text), "no such file: {}")
-network = accepted(lambda text: not os.path.isfile(text), FOREIGN)
-layers = accepted(lambda text: text != "head", "'{}' is no feature layer; leave it out for all stages, or use logits")
+config = accepted(lambda path: not path.endswith(".json") or os.path.isfile(path), "no such file: {}")
+network = accepted(lambda path: not os.path.isfile(path), FOREIGN)
+layers = accepted(lambda names: names != "head", "'{}' is no feature layer; leave it out for all stages, or use logits")
 
 
 NEEDS = {
@@ -2424,21 +2665,46 @@ def start_accelerator(args):
 
 
 def claim_output_dir(accelerator, args):
-    """(all processes) Make output_dir, and finish what a killed run left; UserError when the nodes do not share it."""
-    output = Path(args.output_dir)
-    probe = output / f".shared-{broadcast_object_list([uuid.uuid4().hex])[0]}"
+    """(all processes) Make output_dir, lock it, finish what a killed run left; UserError when nodes do not share it.
+
+    Returns what keeps the lock.
+    """
+    output, held = Path(args.output_dir), []
+    token = broadcast_object_list([uuid.uuid4().hex])[0]
 
     def prepare():
         with user_error(f"--output_dir: cannot write to {output}", OSError):
             output.mkdir(parents=True, exist_ok=True)
+            held.append(lock(output / ".lock", f"--output_dir: another run is writing to {output}; wait for it to end"))
+            held[0].truncate(0)
+            held[0].write(token)
+            held[0].flush()
             finish_interrupted(output)
-            probe.touch()
 
     on_main(accelerator, prepare)
-    shared = all(gather_object([probe.exists()]))
-    if accelerator.is_main_process:
-        probe.unlink(missing_ok=True)
+    here = bool(held)  # reading it, the main process would let go of the lock
+    with suppress(OSError):
+        here = here or (output / ".lock").read_text() == token
+    shared = all(gather_object([here]))
     require(shared, f"--output_dir: {output} is not the same directory on every node; choose one that they share")
+    return held
+
+
+def lock(path, problem):
+    """An open file that no other process can lock until this one ends, however it ends; UserError when one has it.
+
+    It holds between machines, too, where the file system has POSIX locks.
+    """
+    file = open(path, "a")
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # EAGAIN or EACCES
+        raise UserError(problem) from error
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        logger.warning(f"{path.parent} cannot be locked: see to it that only one run at a time writes there")
+    return file
 
 
 def on_main(accelerator, decide):
@@ -2468,11 +2734,12 @@ def user_error(what, errors, hint=""):
     except UserError:
         raise
     except errors as error:
-        raise UserError(f"{what}: {first_line(error)}{hint}") from error
+        raise UserError(f"{what}: {one_line(error)}{hint}") from error
 
 
-def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def one_line(error):
+    """What an error says, its later lines too: they often hold the remedy."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def is_first_on_machine():
@@ -2486,19 +2753,19 @@ def is_first_on_machine():
 def train(args):
     """Exit status of a training run."""
     accelerator = start_accelerator(args)
-    claim_output_dir(accelerator, args)
+    held = claim_output_dir(accelerator, args)  # noqa: F841  until this function ends
     run = Run(args, accelerator, *on_main(accelerator, lambda: find_checkpoint(args)))
     state, watch, output = run.state, run.watch, Path(args.output_dir)
     repository = on_main(accelerator, lambda: create_repository(args)) if args.push_to_hub else None
     log_setup(run)
     with signals_noted(watch):
-        batches = training_batches(run.items, args, run.seed, state.samples_seen, accelerator)
+        batches = training_batches(run.items, args, run.seed, state.samples_seen, accelerator, watch)
         steps = run.schedule.steps - state.step
         batches = step_batches(batches, args.gradient_accumulation_steps, steps, watch)
         first = next(batches, None)
         if first is None or accelerator.num_processes > 1:  # data that cannot be read shows here
             stop_for_failure(watch)
-        on_main(accelerator, lambda: drop_abandoned(args, state.step))
+        on_main(accelerator, lambda: drop_abandoned(run))
         tracker_options = {
             "wandb": {"id": state.tracker_run, "resume": "allow", "dir": args.output_dir},
             "tensorboard": {"purge_step": state.step + 1},
@@ -2547,10 +2814,10 @@ def evaluate(args):
     set_seed(seed)
     generator = build_generator(args).to(accelerator.device).eval()
     with accelerator.local_main_process_first():
-        _, held_out = load_data(args, seed)
+        _, held_out, _ = load_data(args, seed)
         evaluator = Evaluator(accelerator, held_out, build_perceptual(args), args, seed)
     logger.info(f"Evaluating {args.pretrained_model_name_or_path} at {args.resolution} pixels")
-    metrics, _ = evaluator(generator)
+    metrics, _ = evaluator(generator, Watch())
     require(metrics, "--eval_only: none of the held-out images can be read; name others with --validation_data_dir")
     if accelerator.is_main_process:
         print(json.dumps(metrics | {"protocol": evaluator.protocol(args.pretrained_model_name_or_path)}), flush=True)

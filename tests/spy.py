@@ -64,9 +64,9 @@ def augment(original, item, *rest):
 
 @spies
 def held_out_batches(original, items, *rest):
-    for numbers, images in original(items, *rest):
+    for numbers, images, faults in original(items, *rest):
         record["held_out"] += [str(items[i]) for i in numbers]
-        yield numbers, images
+        yield numbers, images, faults
 
 
 @spies

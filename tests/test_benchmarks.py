@@ -46,7 +46,7 @@ def test_flags_of_the_throughput_benchmark_are_flags(tmp_path):
     args = train_vqgan.parse_args(words)
     assert args.use_ema and args.discriminator_start == 0
     assert json.loads((folder / "model.json").read_text())["num_vq_embeddings"] == 2048
-    found = len(train_vqgan.list_images("--train_data_dir", args.train_data_dir))
+    found = len(train_vqgan.list_images("--train_data_dir", args.train_data_dir, args))
     assert found >= 4000 and found % 12 == 0
 
 

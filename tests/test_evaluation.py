@@ -13,6 +13,7 @@ import skimage.metrics
 import timm
 import torch
 import torchmetrics
+from accelerate import Accelerator
 from conftest import REPOSITORY, TINY_MODEL, equal, launch, metrics, weights, without
 
 import train_vqgan
@@ -298,10 +299,10 @@ torch.set_num_threads(1)
 args = train_vqgan.parse_args(sys.argv[1:])
 accelerator = train_vqgan.start_accelerator(args)
 generator = train_vqgan.build_generator(args).eval()
-items = [train_vqgan.list_images("x", args.validation_data_dir)[0]] * 2000
+items = [train_vqgan.list_images("x", args.validation_data_dir, args)[0]] * 2000
 for n in (200, 2000):
     args.num_validation_samples = n
-    found, _ = train_vqgan.Evaluator(accelerator, items, None, args, 0)(generator)
+    found, _ = train_vqgan.Evaluator(accelerator, items, None, args, 0)(generator, train_vqgan.Watch())
     assert f"val/psnr_n{n}" in found
     print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
@@ -447,8 +448,11 @@ def test_best_export_is_kept(train, evaluate, photos, tmp_path):
     assert not list(run.glob("unfinished-*"))
 
 
-def test_best_export_of_steps_that_are_taken_again_is_dropped(train, tmp_path):
-    """Back to step 2 with a learning rate that ruins the model. Red when the better, abandoned export stays."""
+def test_going_back_brings_the_best_export_of_then_back(train, tmp_path):
+    """Back to step 2 with a learning rate that ruins the model: the best is that of step 2 again.
+
+    Red when the abandoned export of a later step stays, or when the checkpoint does not keep the best so far.
+    """
     more = [*FRACTION, "--validation_steps", "2", "--save_best", "psnr", "--lr_warmup_steps", "0"]
     run = train(*more, "--max_train_steps", "8", "--learning_rate", "3e-3", "--checkpointing_steps", "2")
     best = json.loads((run / "best" / "best.json").read_text())
@@ -456,9 +460,39 @@ def test_best_export_of_steps_that_are_taken_again_is_dropped(train, tmp_path):
     for checkpoint in train_vqgan.checkpoints(run)[1:]:
         train_vqgan.shutil.rmtree(checkpoint)
     train(*more, "--max_train_steps", "4", "--learning_rate", "1", "--resume_from_checkpoint", "latest")
-    (value,) = {line["val/psnr_n2"] for line in metrics(run) if line["step"] == 4 and "protocol" in line}
+    values = {line["step"]: line["val/psnr_n2"] for line in metrics(run) if "protocol" in line}
     again = json.loads((run / "best" / "best.json").read_text())
-    assert again["step"] == 4 and again["val/psnr_n2"] == value < best["val/psnr_n2"]
+    assert list(values) == [2, 4] and values[4] < values[2] < best["val/psnr_n2"], "it was not ruined"
+    assert again["step"] == 2 and again["val/psnr_n2"] == values[2]
+
+
+def test_best_export_is_compared_over_any_number_of_images(train):
+    """Ruined, and validated on one image fewer: another name of the metric. Red when the names are compared whole."""
+    more = ["--validation_fraction", "0.4", "--validation_steps", "2", "--save_best", "psnr", "--lr_warmup_steps", "0"]
+    run = train(*more, "--max_train_steps", "6", "--learning_rate", "3e-3")
+    best = json.loads((run / "best" / "best.json").read_text())
+    more += ["--num_validation_samples", "2", "--learning_rate", "1", "--resume_from_checkpoint", "latest"]
+    train(*more, "--max_train_steps", "10")
+    last = [line for line in metrics(run) if "protocol" in line][-1]
+    assert last["val/psnr_n2"] < best["val/psnr_n3"] - 0.5, "it was not ruined"
+    assert json.loads((run / "best" / "best.json").read_text()) == best
+
+
+def test_held_out_images_are_drawn(train, tmp_path):
+    """Ten of two folders with twenty images each. Red when the first ones are taken: all of one folder."""
+    for kind, shade in (("bright", 200), ("dark", 20)):
+        (tmp_path / "held" / kind).mkdir(parents=True)
+        for i in range(20):
+            PIL.Image.new("RGB", (16, 16), (shade + i, 0, 0)).save(tmp_path / "held" / kind / f"{i:02d}.png")
+    args = train_vqgan.parse_args(["--validation_data_dir", str(tmp_path / "held"), "--lpips_weights", "none"])
+    args.num_validation_samples = 10
+    items = train_vqgan.list_images("--validation_data_dir", tmp_path / "held", args)
+    evaluator = train_vqgan.Evaluator(Accelerator(cpu=True), items, None, args, 5)
+    drawn = [evaluator.items[i] for i in range(evaluator.n)]
+    assert len(set(drawn)) == 10 and {path.parent.name for path in drawn} == {"bright", "dark"}
+    again = train_vqgan.Evaluator(Accelerator(cpu=True), items, None, args, 6)
+    assert [again.items[i] for i in range(10)] == drawn, "the same whatever the run's seed"
+    assert evaluator.protocol("EMA")["sample"] == "10 drawn with seed 0"
 
 
 def test_pictures_and_histogram(train, photos):

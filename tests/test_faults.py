@@ -321,7 +321,7 @@ def test_checkpoint_of_an_older_version_is_refused(flags, copied, capsys, made_o
     made_old(copied / "checkpoint-6")
 
     def content():
-        return {path: path.is_file() and path.read_bytes() for path in copied.rglob("*")}
+        return {path: path.is_file() and path.read_bytes() for path in copied.rglob("*") if path.name != ".lock"}
 
     before = content()
     named = which if which == "latest" else str(copied / which)
@@ -583,3 +583,93 @@ def test_fp16_overflow_skips_one_player(train, monkeypatch):
     assert not equal(weights(run, "generator", 3), weights(run, "generator", 4))
     scales = [torch.load(run / f"checkpoint-{n}" / "training.pt", weights_only=True)["scaler"]["scale"] for n in (3, 4)]
     assert scales == [2.0**10, 2.0**9]
+
+
+# ---- Two runs, network shares, slow validations --------------------------------------------------------------------
+
+HOLD = """
+import sys, time, train_vqgan
+held = train_vqgan.lock(train_vqgan.Path(sys.argv[1]) / ".lock", "taken")
+print("locked", flush=True)
+time.sleep(600)
+"""
+
+
+def test_two_runs_do_not_write_one_directory(train, flags, capsys):
+    """A requeued job that overlaps the old one; once that is killed, however hard, the lock is gone.
+
+    Red when the directory is not locked, or when a lock file that is there counts as a lock.
+    """
+    output = Path(flags[-1])
+    output.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(output)], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"locked\n"
+        assert train_vqgan.main(flags) == 2
+        said = capsys.readouterr().err
+        assert said.count("error:") == 1 and f"--output_dir: another run is writing to {output}" in said
+        assert names(output) == []
+    finally:
+        other.kill()
+        other.wait()
+    assert (output / ".lock").exists()
+    train()
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_directories_that_cannot_be_synced(train, monkeypatch, caplog, number):
+    """Network shares and FUSE. Red when the error gets through: every save failed though the files were whole."""
+    fsync, refused = os.fsync, []
+
+    def share(handle):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            refused.append(handle)
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", share)
+    run = train()
+    assert refused and names(run) == ["checkpoint-2"] and "Could not save" not in caplog.text
+
+
+def test_file_that_cannot_be_synced_is_not_saved(flags, monkeypatch, capsys):
+    """EIO of a file. Red when every error of fsync is passed over."""
+
+    def broken(handle):
+        if not os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    assert train_vqgan.main(flags) == 2
+    assert names(Path(flags[-1])) == [] and os.strerror(errno.EIO) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_signal_during_validation(train, flags, monkeypatch, step):
+    """Between two batches of held-out images: that step is saved at once. Red when the validation goes on to its end.
+
+    In the middle of the run, and at its last step: resumed there, the run validates and exports.
+    """
+    more = ["--validation_fraction", "0.9", "--train_batch_size", "1", "--max_train_steps", "4"]
+    more += ["--validation_steps", "2", "--checkpointing_steps", "100", "--dataloader_num_workers", "0"]
+    reconstruct, evaluated = train_vqgan.reconstruct, []
+    loop = train_vqgan.train_loop
+
+    def watched(run, batches):
+        def interrupted(*rest):
+            evaluated.append(run.state.step)
+            if evaluated.count(step) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return reconstruct(*rest)
+
+        monkeypatch.setattr(train_vqgan, "reconstruct", interrupted)
+        return loop(run, batches)
+
+    monkeypatch.setattr(train_vqgan, "train_loop", watched)
+    run = Path(flags[-1])
+    assert train_vqgan.main([*flags, *more]) == train_vqgan.STOPPED
+    assert evaluated.count(step) == 2 and names(run) == [f"checkpoint-{step}"] and not (run / "vqmodel").exists()
+    monkeypatch.undo()
+    train(*more, *RESUME)
+    steps = [line["step"] for line in metrics(run) if "protocol" in line]
+    assert steps[-1] == 4 and (run / "vqmodel").exists()

@@ -95,6 +95,9 @@ def test_lecam_pulls_logits_that_run_away():
     """By hand: real 2 above the fakes' average of 0.5, fake -1 below the reals' average of 0.25. Red when they swap."""
     anchors = torch.tensor([0.25, 0.5])
     assert tv.lecam(torch.tensor(2.0), torch.tensor(-1.0), anchors).item() == pytest.approx(1.5**2 + 1.25**2)
+    # each logit counts, as in the paper's code: those of mean 0.5 are pulled, too. Red on means of the batch.
+    spread = torch.tensor([2.5, -1.5])
+    assert tv.lecam(spread, spread, anchors).item() == pytest.approx(2.0**2 / 2 + 1.75**2 / 2)
     assert tv.lecam(torch.tensor(0.0), torch.tensor(1.0), anchors).item() == 0
 
 
@@ -204,7 +207,7 @@ def test_frozen_ends_with_an_exception_too():
 def test_adversarial_weight_schedule(objectives, start, warmup, expected):
     """0 before the start, a linear ramp, then constant. Red when `step + 1` becomes `step`, or the clamp at 1 goes."""
     flags = ["--adversarial_weight=0.2", f"--discriminator_start={start}", f"--discriminator_warmup={warmup}"]
-    schedule = tv.Schedule(objectives(*flags), 2, 7)
+    schedule = tv.Schedule(objectives(*flags, "--max_train_steps=200"), 2, 7)
     weights = [schedule.lambda_at(step) for step in range(9)]
     assert weights == pytest.approx(expected)
     assert all(weight == 0 for weight in weights[:start])  # exactly: the discriminator must not run

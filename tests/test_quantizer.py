@@ -491,7 +491,7 @@ def trained(flags):
 
 
 def restart(state, z):
-    state.codes.latents = z
+    state.codes.latents = z.unsqueeze(1)
     state.codes.restart_dead_codes(Accelerator(cpu=True), state)
 
 
@@ -578,7 +578,7 @@ def test_more_dead_codes_than_latents(trained):
 
 
 def test_latents_of_the_last_steps_are_kept(train, monkeypatch):
-    """One for each of 32 codes though a micro-batch has 128: the latest. Red when the first ones, or all, are kept."""
+    """One image of 64 latents for 32 codes, though a micro-batch has two: the latest. Red when the first one is kept."""
     seen = []
     step = tv.generator_step
 
@@ -589,7 +589,7 @@ def test_latents_of_the_last_steps_are_kept(train, monkeypatch):
 
     monkeypatch.setattr(tv, "generator_step", spy)
     train("--codebook_restart_steps", "1000", "--max_train_steps", "3")
-    assert [len(z) for z in seen] == [32] * 3 and not torch.equal(seen[0], seen[1])
+    assert [z.shape for z in seen] == [(1, 64, 4)] * 3 and not torch.equal(seen[0], seen[1])
 
 
 def test_restart_is_the_same_on_every_process_and_another_at_every_step(trained):
@@ -651,7 +651,7 @@ def recorded(into, steps, bad=()):
         elif step % 2 == 0:
             z[1, 3, 2] = float("nan")
         chosen = [tv.Codes(part, part, torch.full((30,), step % CODES), {}) for part in z]
-        into.record(chosen, torch.tensor(step not in bad))
+        into.record(chosen, 3, torch.tensor(step not in bad))
     return np.concatenate(kept)
 
 
@@ -672,13 +672,13 @@ def test_latent_deviation_is_that_of_the_last_steps():
     found = statistics()
     for i in range(700):
         z = random(60, DIM, seed=i) * (3 if i < 100 else 1)
-        found.record([tv.Codes(z, z, torch.zeros(60, dtype=torch.long), {})], torch.tensor(True))
+        found.record([tv.Codes(z, z, torch.zeros(60, dtype=torch.long), {})], 4, torch.tensor(True))
     assert found.latent_deviation() == pytest.approx(1, rel=0.02)
 
 
 def assert_same_statistics(ours, theirs):
     ours, theirs = (statistics.state_dict(Accelerator(cpu=True)) for statistics in (ours, theirs))
-    assert ours.keys() == theirs.keys() and len(ours["latents"]) == CODES
+    assert ours.keys() == theirs.keys() and ours["latents"].shape == (4, 10, DIM)
     for name, value in ours.items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name])), name
 
@@ -774,3 +774,30 @@ def test_another_quantiser_in_one_place(flags, train, monkeypatch, tmp_path):
     assert codes.indices.unique().numel() > 20
     assert torch.equal(codes.indices, indices)
     torch.testing.assert_close(z_q, theirs)
+
+
+@pytest.mark.parametrize("keep", [CODES, 60])
+def test_latents_for_restarts_are_those_of_one_process(keep):
+    """Six steps of four images of 5 tokens, as one process sees them, and as two and four do between them.
+
+    Red when each process keeps tokens instead of images, or when they are not put into the order of the samples.
+    """
+    samples = random(24, 5, DIM)
+
+    class Process(tv.CodeStatistics):
+        def __init__(self, world):
+            super().__init__(tv.Quantizer(CODES, DIM, "none"), True, Accelerator(cpu=True))
+            self.processes, self.keep = world, keep
+
+    for world in (1, 2, 4):
+        processes = [Process(world) for _ in range(world)]
+        for step in range(6):
+            for rank, process in enumerate(processes):
+                z = samples[4 * step + rank : 4 * step + 4 : world].flatten(0, 1)
+                process.record(
+                    [tv.Codes(z, z, torch.zeros(len(z), dtype=torch.long), {})], 4 // world, torch.tensor(True)
+                )
+        gathered = torch.cat([process.latents for process in processes])
+        processes[0].accelerator = SimpleNamespace(gather=lambda _, all_of_them=gathered: all_of_them)
+        found = processes[0].latest_latents()[-processes[0].images_kept() :]
+        assert len(found) == -(-keep // 5) and torch.equal(found, samples[-len(found) :])

@@ -25,9 +25,10 @@ def parsed(*flags):
 
 def batches(args, start, n, rank=0, world=1, seed=0):
     """The first `n` micro-batches of one process, concatenated."""
-    items, _ = train_vqgan.load_data(args, seed)
+    items = train_vqgan.load_data(args, seed)[0]
     process = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
-    return torch.cat(list(itertools.islice(train_vqgan.training_batches(items, args, seed, start, process), n)))
+    stream = train_vqgan.training_batches(items, args, seed, start, process, train_vqgan.Watch())
+    return torch.cat([images for images, _ in itertools.islice(stream, n)])
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_processes_share_every_step(monkeypatch, start, world, batch_size, accum
     args, streams = parsed("--train_batch_size", batch_size), []
     for rank in range(world):
         process = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
-        streams.append(train_vqgan.training_batches([], args, 0, start, process))
+        streams.append(train_vqgan.training_batches([], args, 0, start, process, train_vqgan.Watch()))
     for step in range(5):
         seen = [next(stream).tolist() for stream in streams for _ in range(accumulation)]
         assert {len(batch) for batch in seen} == {batch_size}

@@ -15,7 +15,7 @@ def parse(*flags):
 
 def scheduled(args, images=7, processes=1, earlier=None):
     images_per_step = args.train_batch_size * args.gradient_accumulation_steps * processes
-    return train_vqgan.Schedule(args, images_per_step, images, earlier)
+    return train_vqgan.Schedule(args, images_per_step, images, earlier and {"schedule": earlier})
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_scale_lr_reaches_the_optimisers(train):
         ([], 5, 0, 0),
         (["--discriminator_start", "0.3"], 1_000_000, 300_000, 20_000),  # the bound is on the default only
         (["--discriminator_start", "0.6", "--discriminator_warmup", "0.5"], 1000, 600, 500),
-        (["--discriminator_start", "30000", "--discriminator_warmup", "7"], 1000, 30_000, 7),
+        (["--discriminator_start", "900", "--discriminator_warmup", "3000"], 1000, 900, 3000),
         (["--discriminator_start", "1", "--discriminator_warmup", "1"], 1000, 1, 1),  # one step
-        (["--discriminator_start", "1.0", "--discriminator_warmup", "1.0"], 1000, 1000, 1000),  # the whole run
+        (["--discriminator_start", "0.99", "--discriminator_warmup", "1.0"], 1000, 990, 1000),  # the whole run
         (["--discriminator_start", "0"], 1000, 0, 20),
     ],
 )
@@ -116,6 +116,30 @@ def test_public_config(photos):
     config = train_vqgan.public_config(run)
     assert not [name for name in config if "token" in name] and "hf_secret" not in repr(config)
     assert {type(value) for value in config.values()} <= {int, float, str, bool}
-    assert all(path in config["validation_images"] for path in images)
+    assert config["validation_images"] == "0.png 1.png", "local paths mean nothing elsewhere"
     assert config["seed"] == 0 and config["use_ema"] is False and config["learning_rate"] == 1e-4
     assert config["max_train_steps"] == "" and config["derived/steps"] == 200 and config["derived/seed"] == 0
+
+
+@pytest.mark.parametrize("start", ["1000", "2000", "1.0"])
+def test_start_of_the_discriminator_beyond_the_end(start):
+    """Red when it is not compared with the steps: the adversary would never be there, without a word."""
+    with pytest.raises(train_vqgan.UserError, match="--discriminator_start: step .* is beyond the end"):
+        scheduled(parse("--max_train_steps", 1000, "--discriminator_start", start))
+    scheduled(parse("--max_train_steps", 1000, "--discriminator_start", start, "--adversarial_weight", 0))
+
+
+@pytest.mark.parametrize("name", ["constant_with_warmup", "linear", "cosine"])
+def test_warm_up_begins_above_zero(name):
+    """1 / 10 at first, the whole rate after ten steps. Red when the first step is taken at rate 0."""
+    factor = train_vqgan.Schedule.learning_rate_factor(name, 10, 100)
+    assert [factor(step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factor(10) == pytest.approx(1, abs=0.01) and (name == "constant_with_warmup" or factor(99) < 0.02)
+
+
+def test_steps_of_a_resumed_run_in_epochs():
+    """40 images of 4 x 20 seen in steps of 4: 40 are left, 5 steps of 8, or 20 of 2; none after all 80."""
+    for batch, left in [(8, 5), (2, 20), (4, 10)]:
+        args = parse("--num_train_epochs", 4, "--train_batch_size", batch)
+        assert train_vqgan.Schedule(args, batch, 20, {"step": 10, "samples_seen": 40}).steps == 10 + left
+    assert train_vqgan.Schedule(args, 4, 20, {"step": 20, "samples_seen": 80}).steps == 20

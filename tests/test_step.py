@@ -21,7 +21,7 @@ def game(flags, float64):
     more = ["--use_ema", "--timm_model_layers", "0", "--max_train_steps", "100"]
     run = Run(train_vqgan.parse_args([*flags, *more]), Accelerator(cpu=True))
     stream = SampleStream(run.items, run.args, run.seed)
-    return run, train_vqgan.to_signed(torch.stack([stream[g] for g in range(4)]), run.accelerator.device)
+    return run, train_vqgan.to_signed(torch.stack([stream[g][0] for g in range(4)]), run.accelerator.device)
 
 
 def weights(network):
@@ -244,7 +244,7 @@ def test_gradients_of_a_step_are_those_of_a_double_backward(flags, float64, monk
     flags += ["--timm_model_layers", "0", "--max_grad_norm", "0", *flags_more]
     run = Run(train_vqgan.parse_args(flags), Accelerator(cpu=True))
     stream = SampleStream(run.items, run.args, run.seed)
-    images = train_vqgan.to_signed(torch.stack([stream[g] for g in range(4)]), "cpu")
+    images = train_vqgan.to_signed(torch.stack([stream[g][0] for g in range(4)]), "cpu")
     without, lam_without = double_backward(run, images, 0.8)
     expected, lam = double_backward(run, images, 0.8, own)
     if own:
@@ -405,3 +405,24 @@ def test_gradient_checkpointing_keeps_less_and_convolves_no_more(flags, tmp_path
     assert again == {none: set(), some: {"aten::native_group_norm"}}
     assert held[some] < {"group": 0.41, "spatial": 0.29}[norm_type] * held[none]
     assert equal(gradients[none], gradients[some])
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_scaler_skips_what_the_log_says_was_skipped(bad):
+    """fp16's scaler looks at the gradients alone. Red when a loss that is not finite does not reach them."""
+    network = torch.nn.Linear(2, 2)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    accelerator.native_amp = True
+    optimizer = accelerator.prepare_optimizer(torch.optim.SGD(network.parameters(), 0.1))
+    optimizer.scaler = accelerator.scaler
+    for finite in (True, False, True):
+        before = copy.deepcopy(network.state_dict())
+        loss = network(torch.ones(1, 2)).square().mean()
+        accelerator.scaler.scale(loss).backward()
+        if not finite and bad == "gradient":
+            network.weight.grad[0, 0] = torch.inf
+        if not finite and bad == "loss":
+            loss = loss + torch.inf
+        _, said = train_vqgan.clip_and_step(accelerator, network, optimizer, loss.detach(), 1.0)
+        assert said.item() is finite and equal(before, network.state_dict()) is not finite

@@ -4,6 +4,7 @@ import importlib.machinery
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -297,10 +298,11 @@ def given_again(card):
     return words
 
 
-def test_flags_of_the_model_card_train_the_same_again(train, tmp_path, validation):
+def test_flags_of_the_model_card_train_the_same_again(train, tmp_path, photos, validation):
     """With --scale_lr, too: the flags as they were given, and what followed from them beside.
 
-    Red when --scale_lr multiplies the flags themselves: given again, they would be multiplied once more.
+    Red when --scale_lr multiplies the flags themselves: given again, they would be multiplied once more; and when the
+    card names folders of this machine, which mean nothing elsewhere.
     """
     more = ["--scale_lr", "--learning_rate", "1e-4", "--discr_learning_rate", "2e-4", "--lr_scheduler", "constant"]
     more += [
@@ -317,6 +319,9 @@ def test_flags_of_the_model_card_train_the_same_again(train, tmp_path, validatio
     for line in ("derived/learning_rate: 0.0004", "derived/discr_learning_rate: 0.0008", "derived/steps: 2"):
         assert f"\n{line}\n" in card
     again = tmp_path / "again"
+    assert str(tmp_path.parent) not in card and f"train_data_dir: {photos.name}\n" in card
+    for path in (photos, tmp_path / "model.json", tmp_path / "discriminator.json", *map(Path, validation[:2])):
+        card = re.sub(rf"(?<=[: ]){path.name}\b", str(path), card)  # whoever has the files knows where
     assert train_vqgan.main([*given_again(card), "--output_dir", str(again)]) == 0
     assert [line["opt/lr"] for line in metrics(again) if "opt/lr" in line] == [0.0004] * 2
     assert metrics(again) == metrics(run) and equal(weights(again), weights(run))
@@ -411,9 +416,6 @@ def test_parsing_leaves_a_run_alone(finished, flags, monkeypatch, tmp_path):
 
 
 REFUSED_ON_RESUME = [
-    "--dataset_name OTHER",
-    "--dataset_config_name other",
-    "--train_data_dir OTHER",
     "--image_column picture",
     "--streaming",
     "--max_train_samples 3",
@@ -487,8 +489,6 @@ def test_resume_refuses_what_changes_the_training(finished, flags, change, capsy
     else:
         shutil.copytree(photos, other / "train")
     more = [flag, *(str(other) if word == "OTHER" else word for word in value)]
-    if flag == "--dataset_name":
-        flags = without(flags, "--train_data_dir")
     if flag == "--streaming":  # a data set of the datasets library, first downloaded, then streamed
         flags = ["--dataset_name", str(other), *without(flags, "--train_data_dir")]
         shutil.rmtree(finished)
@@ -535,14 +535,80 @@ def test_ema_begins_or_ends_where_a_run_is_resumed(train):
     assert not equal(weights(run, "ema", 5), weights(run, "generator", 5))
 
 
-def test_more_images_in_the_folder_are_another_training_set(train, flags, photos, tmp_path, capsys):
-    """Red when identity_of leaves out their number."""
-    grown = tmp_path / "grown"
-    shutil.copytree(photos, grown)
-    train("--train_data_dir", str(grown))
-    shutil.copy(photos / "0.png", grown / "new.png")
-    assert train_vqgan.main([*flags, "--train_data_dir", str(grown), *RESUME, "--max_train_steps", "3"]) == 2
-    assert "number of training images was 7" in error_line(capsys)
+@pytest.mark.parametrize("kind", ["folder", "dataset"])
+@pytest.mark.parametrize("change", ["one more", "another size", "another name"])
+def test_data_is_known_by_its_files_wherever_they_lie(train, flags, photos, tmp_path, capsys, kind, change):
+    """Moved to another disk the run goes on; other files under the old path are other data.
+
+    Red when the path is compared, or when names or sizes are left out of the identity.
+    """
+    flag = ["--train_data_dir"] if kind == "folder" else ["--cache_dir", str(tmp_path / "cache"), "--dataset_name"]
+    flags[:] = flags if kind == "folder" else without(flags, "--train_data_dir")
+    here, moved = tmp_path / "here", tmp_path / "other disk" / "there"
+    shutil.copytree(photos, here)
+    train(*flag, str(here))
+    shutil.move(here, moved)
+    train(*flag, f"{moved}/", *RESUME, "--max_train_steps", "3")
+    if change == "one more":
+        shutil.copy(photos / "0.png", moved / "new.png")
+    elif change == "another size":
+        PIL.Image.new("RGB", (16, 16)).save(moved / "0.png")
+    else:
+        (moved / "0.png").rename(moved / "z.png")
+    assert train_vqgan.main([*flags, *flag, str(moved), *RESUME, "--max_train_steps", "4"]) == 2
+    assert "training data was 7 files, " in error_line(capsys)
+
+
+def test_epochs_are_images_however_the_run_was_cut_up(train, flags, caplog):
+    """Four epochs of 7 images: two in steps of 2, two in steps of 4. Then nothing is left, and that is said.
+
+    Red when the steps are computed anew from the batch: 7, all of them taken, and half of the images never seen.
+    """
+    flags[:] = without(flags, "--max_train_steps")
+    epochs = ["--num_train_epochs"]
+    run = train(*epochs, "2")
+    assert (progress(run)["step"], progress(run)["samples_seen"]) == (7, 14)
+    train(*epochs, "4", "--train_batch_size", "4", *RESUME)
+    assert (progress(run)["step"], progress(run)["samples_seen"]) == (11, 30)
+    with caplog.at_level("INFO", "train_vqgan"):
+        train(*epochs, "4", *RESUME)
+    assert progress(run)["step"] == 11 and "Nothing is left to train: 11 steps" in caplog.text
+
+
+def test_settings_that_a_newer_library_knows_do_not_block_resuming(train, finished):
+    """What was recorded is compared. Red when a key that is not there counts as None."""
+    path = finished / "checkpoint-2" / "progress.json"
+    recorded = json.loads(path.read_text())
+    assert recorded["identity"].pop("model config force_upcast") is False
+    path.write_text(json.dumps(recorded))
+    train(*RESUME, "--max_train_steps", "3")
+
+
+@pytest.mark.parametrize("left", ["vqmodel", "best", "metrics.jsonl"])
+def test_results_without_a_checkpoint_are_not_taken_for_nothing(finished, flags, capsys, left):
+    """`latest` in the directory of a finished run with --checkpointing_steps 0: refused, and all of it stays.
+
+    Red when only checkpoints are looked for: best/ was deleted and metrics.jsonl emptied, without a word.
+    """
+    for path in finished.iterdir():
+        if path.name == "vqmodel" and left == "best":
+            path.rename(finished / "best")
+        elif path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    assert before and train_vqgan.main([*flags, *RESUME]) == 2
+    assert f"--resume_from_checkpoint: {finished} holds results of a run, but no checkpoint" in error_line(capsys)
+    assert before.items() <= {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}.items()
+
+
+def test_lines_instead_of_a_progress_bar_in_a_log_file(train, caplog, capsys):
+    """Red when tqdm draws where nobody sees it: 100 MB for a million steps."""
+    with caplog.at_level("INFO", "train_vqgan"):
+        train("--max_train_steps", "4", "--log_steps", "2")
+    lines = [record.message for record in caplog.records if record.message.startswith("Step ")]
+    lines = [line for line in lines if " of 4: pixel " in line]
+    assert [line.split(":")[0] for line in lines] == ["Step 2 of 4", "Step 4 of 4"] and "images/s" in lines[0]
+    assert "Steps:" not in capsys.readouterr().err
 
 
 def test_resume_takes_the_optimisers_flags_of_this_run(train, finished):
