@@ -996,7 +996,16 @@ def compile_networks(generator, discriminator, perceptual, args):
 
 # ---- Data ----------------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+def decodable_suffixes():
+    """Of the formats that Pillow decodes by itself: no stubs, none that needs another program, no cursors."""
+    PIL.Image.init()
+    openable = PIL.Image.OPEN.keys() | {"MPO"}  # MPO is opened as JPEG
+    openable -= {"BUFR", "CUR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MIC", "MPEG", "WMF"}
+    return {suffix for suffix, name in PIL.Image.EXTENSION.items() if name in openable}
+
+
+IMAGE_SUFFIXES = decodable_suffixes()
 UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)  # what Pillow raises
 
 
