@@ -1006,7 +1006,6 @@ def decodable_suffixes():
 
 
 IMAGE_SUFFIXES = decodable_suffixes()
-UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)  # what Pillow raises
 
 
 def augment(item, rng, args):
@@ -1026,13 +1025,19 @@ class Unreadable(Exception):
 def read_image(item, least=None):
     """RGB PIL image of what `open_image` takes; JPEGs may be decoded smaller, with at least `least` pixels a side."""
     try:
-        with open_image(item) as image:
-            if least:
-                image.draft(None, (least, least))
-            image.load()  # here, as exif_transpose would swallow a decoder's error
-            return to_rgb(image)
-    except UNREADABLE as error:
+        image = open_image(item)
+        if least:
+            image.draft(None, (least, least))
+        image.load()  # here, as exif_transpose would swallow a decoder's error
+    except UserError:
+        raise
+    except Exception as error:  # a decoder raises nearly anything for a broken file
         raise Unreadable(first_line(error)) from error
+    with image:
+        try:
+            return to_rgb(image)
+        except (OSError, ValueError) as error:  # what Pillow raises for a mode that it does not convert
+            raise Unreadable(first_line(error)) from error
 
 
 def to_square(image, resolution, rng=None, flip=False):
@@ -1076,7 +1081,7 @@ def open_image(item):
     if item is None:
         raise ValueError("no image in this row")
     if isinstance(item, str) and "://" in item:  # an image folder on the Hub, streamed
-        with fsspec.open(item) as file:
+        with user_error(f"--dataset_name: cannot read {item}", ImportError), fsspec.open(item) as file:
             item = io.BytesIO(file.read())
     return PIL.Image.open(item)
 

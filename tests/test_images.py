@@ -2,10 +2,12 @@
 
 import io
 import random
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import pytest
 import torch
 import torch.nn.functional as F
@@ -278,7 +280,7 @@ def broken_files(folder):
 
 
 def test_broken_files_of_every_kind(tmp_path, caplog):
-    """Red when one of Pillow's exceptions is not in UNREADABLE."""
+    """Red when one of Pillow's exceptions is not caught."""
     (tmp_path / "broken").mkdir()
     plain(99).save(tmp_path / "good.png")
     for path in broken_files(tmp_path / "broken"):
@@ -289,6 +291,64 @@ def test_broken_files_of_every_kind(tmp_path, caplog):
         assert stream[0][0, 0, 0] == 99
         assert path.name in caplog.records[-1].message
     assert len(caplog.records) == 5
+
+
+def both_ways(path):
+    """What training and validation make of an image: "Unreadable", or "pixels"."""
+
+    def outcome(read):
+        try:
+            return read() is not None and "pixels"
+        except train_vqgan.Unreadable:
+            return "Unreadable"
+
+    numbers = train_vqgan.random_numbers_of_sample(0, 0)
+    batches = train_vqgan.held_out_batches([path], 1, parsed("--train_batch_size", 1), 0, 1)
+    validation = "pixels" if list(batches) else "Unreadable"
+    return outcome(lambda: train_vqgan.augment(path, numbers, parsed())), validation
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, KeyError, NotImplementedError, AssertionError, EOFError])
+@pytest.mark.parametrize("where", ["open", "draft", "load"])
+def test_whatever_a_decoder_raises_is_the_images_fault(monkeypatch, photos, where, error):
+    """AVIF, TIFF, IM, SPIDER and DDS raise these. Red when a list of exceptions is caught in place of all."""
+
+    def broken(*arguments):
+        raise error("")
+
+    owner = PIL.Image if where == "open" else PIL.Image.Image if where == "draft" else PIL.ImageFile.ImageFile
+    monkeypatch.setattr(owner, where, broken)
+    trained, validated = both_ways(photos / "0.png")
+    assert trained == "Unreadable" and validated == ("pixels" if where == "draft" else "Unreadable")
+
+
+@pytest.mark.parametrize("suffix, at, value", [("avif", 290, 0), ("blp", 4, 255)])
+def test_damaged_avif_and_blp(tmp_path, suffix, at, value):
+    """Red when only what Pillow's older decoders raise is caught."""
+    path = tmp_path / f"image.{suffix}"
+    PIL.Image.fromarray(noise(24, 24)).convert("P" if suffix == "blp" else "RGB").save(path)
+    data = bytearray(path.read_bytes())
+    assert both_ways(path) == ("pixels", "pixels")
+    data[at] = value
+    path.write_bytes(data)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        PIL.Image.open(path).load()
+    assert both_ways(path) == ("Unreadable", "Unreadable")
+
+
+def test_error_of_our_conversion_is_ours(monkeypatch, photos):
+    """Red when `except Exception` is around `to_rgb`, too."""
+    monkeypatch.setattr(train_vqgan, "to_rgb", lambda *arguments: {}["ours"])
+    with pytest.raises(KeyError, match="ours"):
+        both_ways(photos / "0.png")
+
+
+@pytest.mark.parametrize("address, package", [("s3://bucket/1.png", "s3fs"), ("gs://bucket/1.png", "gcsfs")])
+def test_missing_package_is_not_the_images_fault(monkeypatch, address, package):
+    """Red when fsspec's ImportError is taken for a decoder's."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(train_vqgan.UserError, match=f"^--dataset_name: cannot read {address}: .*{package}"):
+        both_ways({"bytes": None, "path": address})
 
 
 def broken_exif(tag):
