@@ -61,6 +61,7 @@ import fsspec
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import PIL.PngImagePlugin
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -1006,6 +1007,9 @@ def decodable_suffixes():
 
 
 IMAGE_SUFFIXES = decodable_suffixes()
+MAX_PIXELS = 2**29 // 3  # 512 MiB as RGB, where Pillow would refuse
+PIL.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit comes before a JPEG is reduced
+PIL.PngImagePlugin.MAX_TEXT_CHUNK = PIL.PngImagePlugin.MAX_TEXT_MEMORY  # drawing programs write more than 1 MiB
 
 
 def augment(item, rng, args):
@@ -1013,7 +1017,7 @@ def augment(item, rng, args):
 
     JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves twice the resolution.
     """
-    image = read_image(item, least=2 * args.resolution)
+    image = read_image(item, args, reduced=True)
     flip = args.random_flip and rng.random() < 0.5
     return to_square(image, args.resolution, None if args.center_crop else rng, flip)
 
@@ -1022,12 +1026,15 @@ class Unreadable(Exception):
     """An image that cannot be opened or decoded."""
 
 
-def read_image(item, least=None):
-    """RGB PIL image of what `open_image` takes; JPEGs may be decoded smaller, with at least `least` pixels a side."""
+def read_image(item, args, reduced=False):
+    """RGB PIL image of what `open_image` takes; `reduced` or too large, JPEGs are decoded smaller, as in `augment`."""
     try:
         image = open_image(item)
-        if least:
-            image.draft(None, (least, least))
+        if reduced or math.prod(image.size) > MAX_PIXELS:
+            image.draft(None, (2 * args.resolution, 2 * args.resolution))
+        pixels = math.prod(image.size)
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"{pixels / 1e6:.0f} megapixels, at most {MAX_PIXELS / 1e6:.0f} fit; make it smaller")
         image.load()  # here, as exif_transpose would swallow a decoder's error
     except UserError:
         raise
@@ -1266,7 +1273,7 @@ def held_out_batches(items, n, args, rank, world):
         numbered = ((i, items[i]) for i in range(rank, n, world))
 
     def square(i, item):
-        return to_square(read_image(item), args.resolution)
+        return to_square(read_image(item, args), args.resolution)
 
     batches = read_ahead("held-out", numbered, square, args.train_batch_size, cores_per_process())
     for batch in filter(None, batches):
@@ -1532,7 +1539,7 @@ def load_validation_images(args):
     images = []
     for path in args.validation_images:
         with user_error(f"--validation_images: cannot read {path}", Unreadable):
-            images.append(to_square(read_image(path), args.resolution))
+            images.append(to_square(read_image(path, args), args.resolution))
     return torch.stack(images) if images else None
 
 
