@@ -34,6 +34,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import random
 import re
@@ -62,6 +63,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import PIL.PngImagePlugin
+import PIL.TiffImagePlugin
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -125,6 +127,7 @@ def build_parser():
     add("--resolution", fixed=True, type=number(int, 8), default=256, help="side of the training images, in pixels; the short side is resized, then cropped")
     add("--center_crop", fixed=True, action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", fixed=True, action="store_true", help="mirror half of the images")
+    add("--value_range", fixed=True, type=number(float), nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white in images of 16-bit, 32-bit or float values (default: by format, the lowest and highest its bits hold, and 0 and 1 for floats)")
     add("--pixel_range", fixed=True, choices=["signed", "unit"], default="signed", help="what the model takes and gives: [-1, 1] as diffusers expects, or [0, 1]")
     add("--dataloader_num_workers", type=count, help="processes that load images, per training process (default: one per core, at most 8)")
 
@@ -1009,6 +1012,7 @@ def decodable_suffixes():
 IMAGE_SUFFIXES = decodable_suffixes()
 MAX_PIXELS = 2**29 // 3  # 512 MiB as RGB, where Pillow would refuse
 PIL.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit comes before a JPEG is reduced
+RANGE_WARNED = mmap.mmap(-1, 1)  # in this run; data workers share it
 PIL.PngImagePlugin.MAX_TEXT_CHUNK = PIL.PngImagePlugin.MAX_TEXT_MEMORY  # drawing programs write more than 1 MiB
 
 
@@ -1042,7 +1046,7 @@ def read_image(item, args, reduced=False):
         raise Unreadable(first_line(error)) from error
     with image:
         try:
-            return to_rgb(image)
+            return to_rgb(image, args.value_range)
         except (OSError, ValueError) as error:  # what Pillow raises for a mode that it does not convert
             raise Unreadable(first_line(error)) from error
 
@@ -1063,22 +1067,52 @@ def to_square(image, resolution, rng=None, flip=False):
     return x.flip(2) if flip else x
 
 
-def to_rgb(image):
-    """Any PIL image to RGB: EXIF orientation applied, 16-bit and float scaled to 8, transparency on white."""
+def to_rgb(image, value_range=None):
+    """Any PIL image to RGB: EXIF orientation applied, more than 8 bits scaled to 8, transparency on white."""
     with suppress(Exception):  # Pillow raises many kinds for broken EXIF in a good image
         PIL.ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        peak = values.max(initial=0)
-        if image.mode == "F":
-            values = values * (255 if peak <= 1 else 1)
-        elif "16" in image.mode or peak > 255:
-            values = values / 257
-        image = PIL.Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        image = to_8_bits(image, value_range)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_8_bits(image, value_range=None):
+    """Grey of more than 8 bits to 8: `value_range`, or all that its file can hold, becomes 0 to 255; NaN is black.
+
+    The scale is the same for all images of a kind, never drawn from their values.
+    """
+    stored = stored_range(image)
+    low, high = map(float, value_range or stored)
+    grey, ends = np.empty((image.height, image.width), np.uint8), []
+    rows = max(1, 2**16 // image.width)  # in bands: the whole in float64 would take a lot of memory
+    for top in range(0, image.height, rows):
+        values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        if stored[1] == 2**32 - 1:
+            values = values.view(np.uint32)  # Pillow has signed ones only
+        ends += [float(end.reduce(values, axis=None)) for end in (np.fmin, np.fmax)]
+        grey[top : top + rows] = ((np.fmin(np.fmax(values, low), high) - low) * 255 / (high - low)).round()
+    fits = low <= min(ends) and max(ends) <= high and max(ends) - min(ends) >= (high - low) / 8
+    if not (value_range or fits or RANGE_WARNED[0]):
+        RANGE_WARNED[0] = 1
+        name = getattr(image, "filename", "") or "an image"
+        found = f"{name} has values from {min(ends):g} to {max(ends):g}, and {low:g} to {high:g} becomes black to white"
+        logger.warning(f"{found}: --value_range LOW HIGH sets that for all images of more than 8 bits")
+    return PIL.Image.fromarray(grey)
+
+
+def stored_range(image):
+    """Lowest and highest value that a file of this kind can hold, by its bits and sign; 0 and 1 for floats."""
+    if image.mode == "F":
+        return 0.0, 1.0
+    short = image.mode.startswith("I;16") or image.format == "PPM"  # Pillow scales a PGM's to 16 bits
+    bits, signed = (16, False) if short else (32, True)
+    if image.format == "TIFF":
+        bits = image.tag_v2[PIL.TiffImagePlugin.BITSPERSAMPLE][0]
+        signed = image.tag_v2.get(PIL.TiffImagePlugin.SAMPLEFORMAT, [1])[0] == 2
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def open_image(item):
@@ -2381,6 +2415,8 @@ def check_args(args):
     require(not endless, "--streaming: needs --max_train_steps; the data has no known end")
     bits = not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes")
     require(bits, "--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
+    low, high = args.value_range or (0, 1)
+    require(low < high, f"--value_range: LOW must be less than HIGH, got {low:g} {high:g}")
     loaded = args.pretrained_model_name_or_path or args.codebook_init != "keep"
     require(loaded, "--codebook_init keep: needs --pretrained_model_name_or_path")
     untouched = args.codebook_init in (None, "keep") and args.codebook_norm in (None, "none")
@@ -2411,6 +2447,7 @@ def start_accelerator(args):
     """Accelerator, logging, threads; UserError for launch modes that are not tested."""
     if not logger.handlers:
         logger.addHandler(TqdmHandler())
+    RANGE_WARNED[0] = 0
     logging.getLogger("timm").setLevel(logging.ERROR)
     trackers = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, args.report_to)
     project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
