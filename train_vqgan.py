@@ -1012,8 +1012,8 @@ def decodable_suffixes():
 IMAGE_SUFFIXES = decodable_suffixes()
 MAX_PIXELS = 2**29 // 3  # 512 MiB as RGB, where Pillow would refuse
 PIL.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit comes before a JPEG is reduced
-RANGE_WARNED = mmap.mmap(-1, 1)  # in this run; data workers share it
 PIL.PngImagePlugin.MAX_TEXT_CHUNK = PIL.PngImagePlugin.MAX_TEXT_MEMORY  # drawing programs write more than 1 MiB
+RANGE_WARNED = mmap.mmap(-1, 1)  # in this run; data workers share it
 
 
 def augment(item, rng, args):
