@@ -34,6 +34,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import os
 import random
 import re
@@ -61,6 +62,8 @@ import fsspec
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import PIL.PngImagePlugin
+import PIL.TiffImagePlugin
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -125,6 +128,7 @@ def build_parser():
     add("--resolution", fixed=True, type=number(int, 8), default=256, help="side of the training images, in pixels; the short side is resized, then cropped")
     add("--center_crop", fixed=True, action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", fixed=True, action="store_true", help="mirror half of the images")
+    add("--value_range", fixed=True, type=number(float), nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white in images of 16-bit, 32-bit or float values (default: by format, the lowest and highest its bits hold, and 0 and 1 for floats)")
     add("--pixel_range", fixed=True, choices=["signed", "unit"], default="signed", help="what the model takes and gives: [-1, 1] as diffusers expects, or [0, 1]")
     add("--max_bad_fraction", type=number(float, 0, 1), default=0.5, help="stop when more than this part of the training images cannot be read; others take the place of those few that cannot")
     add("--dataloader_num_workers", type=count, help="processes that load images, per training process (default: one per core, at most 8)")
@@ -1025,12 +1029,24 @@ def compile_networks(generator, discriminator, perceptual, args):
 
 # ---- Data ----------------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+def decodable_suffixes():
+    """Of the formats that Pillow decodes by itself: no stubs, none that needs another program, no cursors."""
+    PIL.Image.init()
+    openable = PIL.Image.OPEN.keys() | {"MPO"}  # MPO is opened as JPEG
+    openable -= {"BUFR", "CUR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MIC", "MPEG", "WMF"}
+    return {suffix for suffix, name in PIL.Image.EXTENSION.items() if name in openable}
+
+
+IMAGE_SUFFIXES = decodable_suffixes()
+MAX_PIXELS = 2**29 // 3  # 512 MiB as RGB, where Pillow would refuse
+PIL.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit comes before a JPEG is reduced
+PIL.PngImagePlugin.MAX_TEXT_CHUNK = PIL.PngImagePlugin.MAX_TEXT_MEMORY  # drawing programs write more than 1 MiB
+RANGE_WARNED = mmap.mmap(-1, 1)  # in this run; data workers share it
 HIDDEN_FOLDERS = (".", "__", "@eaDir", "$RECYCLE.BIN")  # also of archives, network drives and Windows
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 BYTES_OR_PATHS = ("binary", "large_binary", "string", "large_string")  # types of columns
 JUDGED_AFTER = 200  # training images read, when there are so many, before their readability is judged
-UNREADABLE = (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError)  # what Pillow raises
 
 
 def augment(item, rng, args):
@@ -1038,7 +1054,7 @@ def augment(item, rng, args):
 
     JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves twice the resolution.
     """
-    image = read_image(item, least=2 * args.resolution)
+    image = read_image(item, args, reduced=True)
     flip = args.random_flip and rng.random() < 0.5
     return to_square(image, args.resolution, None if args.center_crop else rng, flip)
 
@@ -1047,16 +1063,25 @@ class Unreadable(Exception):
     """An image that cannot be opened or decoded."""
 
 
-def read_image(item, least=None):
-    """RGB PIL image of what `open_image` takes; JPEGs may be decoded smaller, with at least `least` pixels a side."""
+def read_image(item, args, reduced=False):
+    """RGB PIL image of what `open_image` takes; `reduced` or too large, JPEGs are decoded smaller, as in `augment`."""
     try:
-        with open_image(item) as image:
-            if least:
-                image.draft(None, (least, least))
-            image.load()  # here, as exif_transpose would swallow a decoder's error
-            return to_rgb(image)
-    except UNREADABLE as error:
+        image = open_image(item)
+        if reduced or math.prod(image.size) > MAX_PIXELS:
+            image.draft(None, (2 * args.resolution, 2 * args.resolution))
+        pixels = math.prod(image.size)
+        if pixels > MAX_PIXELS:
+            raise ValueError(f"{pixels / 1e6:.0f} megapixels, at most {MAX_PIXELS / 1e6:.0f} fit; make it smaller")
+        image.load()  # here, as exif_transpose would swallow a decoder's error
+    except UserError:
+        raise
+    except Exception as error:  # a decoder raises nearly anything for a broken file
         raise Unreadable(one_line(error)) from error
+    with image:
+        try:
+            return to_rgb(image, args.value_range)
+        except (OSError, ValueError) as error:  # what Pillow raises for a mode that it does not convert
+            raise Unreadable(one_line(error)) from error
 
 
 def to_square(image, resolution, rng=None, flip=False):
@@ -1075,22 +1100,52 @@ def to_square(image, resolution, rng=None, flip=False):
     return x.flip(2) if flip else x
 
 
-def to_rgb(image):
-    """Any PIL image to RGB: EXIF orientation applied, 16-bit and float scaled to 8, transparency on white."""
+def to_rgb(image, value_range=None):
+    """Any PIL image to RGB: EXIF orientation applied, more than 8 bits scaled to 8, transparency on white."""
     with suppress(Exception):  # Pillow raises many kinds for broken EXIF in a good image
         PIL.ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float64)
-        peak = values.max(initial=0)
-        if image.mode == "F":
-            values = values * (255 if peak <= 1 else 1)
-        elif "16" in image.mode or peak > 255:
-            values = values / 257
-        image = PIL.Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        image = to_8_bits(image, value_range)
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_8_bits(image, value_range=None):
+    """Grey of more than 8 bits to 8: `value_range`, or all that its file can hold, becomes 0 to 255; NaN is black.
+
+    The scale is the same for all images of a kind, never drawn from their values.
+    """
+    stored = stored_range(image)
+    low, high = map(float, value_range or stored)
+    grey, ends = np.empty((image.height, image.width), np.uint8), []
+    rows = max(1, 2**16 // image.width)  # in bands: the whole in float64 would take a lot of memory
+    for top in range(0, image.height, rows):
+        values = np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+        if stored[1] == 2**32 - 1:
+            values = values.view(np.uint32)  # Pillow has signed ones only
+        ends += [float(end.reduce(values, axis=None)) for end in (np.fmin, np.fmax)]
+        grey[top : top + rows] = ((np.fmin(np.fmax(values, low), high) - low) * 255 / (high - low)).round()
+    fits = low <= min(ends) and max(ends) <= high and max(ends) - min(ends) >= (high - low) / 8
+    if not (value_range or fits or RANGE_WARNED[0]):
+        RANGE_WARNED[0] = 1
+        name = getattr(image, "filename", "") or "an image"
+        found = f"{name} has values from {min(ends):g} to {max(ends):g}, and {low:g} to {high:g} becomes black to white"
+        logger.warning(f"{found}: --value_range LOW HIGH sets that for all images of more than 8 bits")
+    return PIL.Image.fromarray(grey)
+
+
+def stored_range(image):
+    """Lowest and highest value that a file of this kind can hold, by its bits and sign; 0 and 1 for floats."""
+    if image.mode == "F":
+        return 0.0, 1.0
+    short = image.mode.startswith("I;16") or image.format == "PPM"  # Pillow scales a PGM's to 16 bits
+    bits, signed = (16, False) if short else (32, True)
+    if image.format == "TIFF":
+        bits = image.tag_v2[PIL.TiffImagePlugin.BITSPERSAMPLE][0]
+        signed = image.tag_v2.get(PIL.TiffImagePlugin.SAMPLEFORMAT, [1])[0] == 2
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def open_image(item):
@@ -1100,7 +1155,7 @@ def open_image(item):
     if item is None:
         raise ValueError("no image in this row")
     if isinstance(item, str) and "://" in item:  # an image folder on the Hub, streamed
-        with fsspec.open(item) as file:
+        with user_error(f"--dataset_name: cannot read {item}", ImportError), fsspec.open(item) as file:
             item = io.BytesIO(file.read())
     return PIL.Image.open(item)
 
@@ -1303,7 +1358,7 @@ def held_out_batches(items, n, args, rank, world):
         numbered = ((i, items[i]) for i in range(rank, n, world))
 
     def square(i, item):
-        return i, to_square(read_image(item), args.resolution)
+        return i, to_square(read_image(item, args), args.resolution)
 
     for batch in read_ahead(numbered, square, args.train_batch_size, cores_per_process()):
         faults = [fault for _, fault in batch if fault]
@@ -1669,7 +1724,7 @@ def load_validation_images(args):
     images = []
     for path in args.validation_images:
         with user_error(f"--validation_images: cannot read {path}", Unreadable):
-            images.append(to_square(read_image(path), args.resolution))
+            images.append(to_square(read_image(path, args), args.resolution))
     return torch.stack(images) if images else None
 
 
@@ -2601,6 +2656,8 @@ def check_args(args):
     require(not endless, "--streaming: needs --max_train_steps; the data has no known end")
     bits = not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes")
     require(bits, "--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
+    low, high = args.value_range or (0, 1)
+    require(low < high, f"--value_range: LOW must be less than HIGH, got {low:g} {high:g}")
     loaded = args.pretrained_model_name_or_path or args.codebook_init != "keep"
     require(loaded, "--codebook_init keep: needs --pretrained_model_name_or_path")
     untouched = args.codebook_init in (None, "keep") and args.codebook_norm in (None, "none")
@@ -2631,6 +2688,7 @@ def start_accelerator(args):
     """Accelerator, logging, threads; UserError for launch modes that are not tested."""
     if not logger.handlers:
         logger.addHandler(TqdmHandler())
+    RANGE_WARNED[0] = 0
     logging.getLogger("timm").setLevel(logging.ERROR)
     trackers = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, args.report_to)
     project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))

@@ -87,6 +87,17 @@ def test_folder_with_subfolders_and_links(tmp_path):
     assert found == sorted(["1.png", "5.bmp", "a/2.JPG", "a/b/3.jpeg", "linked/4.webp"])
 
 
+TAKEN = ".avif .jfif .jp2 .tga .mpo .webp .TIF .pfm .ico .dds"
+
+
+def test_every_format_that_pillow_decodes(tmp_path):
+    """Others need another program, or are stubs. Red with a list of our own, without MPO, or with a stub's suffix."""
+    for suffix in (TAKEN + " .h5 .mpg .eps .cur .pdf .wmf .iim .txt .safetensors").split():
+        (tmp_path / f"image{suffix}").touch()
+    found = items("--train_data_dir", tmp_path)
+    assert {path.suffix for path in found} == set(TAKEN.split())
+
+
 def test_folder_linked_into_itself(tmp_path):
     """Red when links are followed until the system refuses: 41 copies of each image."""
     plain(1).save(tmp_path / "1.png")

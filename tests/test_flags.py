@@ -233,6 +233,12 @@ def test_upstream_layer_head_is_refused(refused):
     assert "--timm_model_layers" in message and "leave it out" in message
 
 
+@pytest.mark.parametrize("low, high", [(1, 0), (5, 5), ("nan", 1), (0, "inf"), ("low", 1)])
+def test_value_range_that_is_none(refused, low, high):
+    """Red when equal ends are taken, which would divide by zero, or ends that are not finite."""
+    assert "--value_range" in refused("--value_range", low, high)
+
+
 # ---- Flags that need or exclude each other -------------------------------------------------------------------------
 
 

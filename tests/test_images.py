@@ -2,10 +2,17 @@
 
 import io
 import random
+import struct
+import sys
+import tracemalloc
+import warnings
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
+import PIL.PngImagePlugin
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +86,113 @@ def test_grey_of_16_bits(suffix):
     got = pixels(image)[0, :, 0]
     assert got.tolist() == [255, 128, 1, 0, 0, 1, 254, 4]
     assert (got == np.round(values[0] / 65535 * 255)).all()
+
+
+def tiff(values):
+    """Grey values [height, width] of any dtype as the bytes of a TIFF, which Pillow itself writes of few dtypes only."""
+    height, width = values.shape
+    kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    tags = {256: width, 257: height, 258: 8 * values.itemsize, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    tags |= {279: values.nbytes, 339: kind}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = b"II*\0" + struct.pack("<I", 8 + values.nbytes)
+    return header + values.tobytes() + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def greys(values, *flags):
+    """What a TIFF of one row of these values becomes."""
+    item = {"bytes": tiff(np.asarray(values)[None]), "path": None}
+    return np.asarray(train_vqgan.read_image(item, parsed(*flags)))[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    "dtype, black, white",
+    [
+        ("uint16", 0, 65535),
+        ("int16", -32768, 32767),
+        ("uint32", 0, 2**32 - 1),
+        ("int32", -(2**31), 2**31 - 1),
+        ("float32", 0, 1),
+    ],
+)
+def test_scale_of_deep_images_is_by_format(dtype, black, white):
+    """Red when sign or bits are not asked for, unsigned values wrap, or an image's own values decide."""
+    values = (np.linspace(0, 1, 5) * (white - black) + black).astype(dtype)
+    whole = greys(values)
+    assert whole == pytest.approx([0, 64, 127, 191, 255], abs=1)
+    for i in range(5):
+        assert greys(values[i : i + 1]) == whole[i : i + 1]
+
+
+@pytest.mark.parametrize(
+    "dtype, one, other", [("int32", 250, 260), ("float32", 1.0, 1.01), ("int16", 200, 2000), ("uint16", 255, 256)]
+)
+def test_neighbours_of_a_peak_have_one_scale(dtype, one, other):
+    """Frames of one folder: the factor was 257, 255, 257 and 1. Red when the scale depends on an image's peak."""
+    first, second = (greys(np.array([one / 2, peak], dtype)) for peak in (one, other))
+    assert first[0] == second[0] and 0 <= second[1] - first[1] <= 8
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "uint32", "int32", "float32"])
+def test_value_range(dtype):
+    """In every mode, cut off outside. Red when the flag is not handed on, or when values wrap around."""
+    assert greys(np.array([100, 1124, 2148, 4196, 30000], dtype), "--value_range", 100, 4196) == [0, 64, 128, 255, 255]
+    if dtype[0] != "u":
+        values = np.array([-200, -100, 0, 100], dtype)
+        assert greys(values, "--value_range", -100, 100) == [0, 0, 128, 255]
+
+
+def test_pgm_is_scaled_by_its_own_maximum(tmp_path):
+    """The header's, which Pillow scales to 16 bits in mode I. Red when mode I is always one of 32 bits."""
+    (tmp_path / "deep.pgm").write_bytes(b"P5 3 1 4095\n" + np.array([0, 1024, 4095], ">u2").tobytes())
+    assert np.asarray(train_vqgan.read_image(tmp_path / "deep.pgm", parsed()))[0, :, 0].tolist() == [0, 64, 255]
+
+
+def test_values_that_are_not_finite():
+    """Red when NaN, common where nothing was measured, gets to the conversion to 8 bits."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert greys(np.array([np.nan, 0.5, np.inf, -np.inf], np.float32)) == [0, 128, 255, 0]
+
+
+@pytest.mark.parametrize(
+    "values, flags, warned",
+    [
+        ((0, 4095), (), True),
+        ((0, 16384), (), False),
+        ((0, 4095), ("--value_range", 0, 4095), False),
+        ((0.0, 0.1), (), True),
+        ((0.0, 255.0), (), True),
+        ((0.0, 1.0), (), False),
+    ],
+)
+def test_warning_of_a_deep_image_that_does_not_fit_its_range(caplog, values, flags, warned):
+    """Once, for less than an eighth, or for floats that are cut off. Red when every image has a line of its own."""
+    train_vqgan.RANGE_WARNED[0] = 0
+    for _ in range(3):
+        greys(np.array(values, np.uint16 if isinstance(values[1], int) else np.float32), *flags)
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == warned and all(f"{values[1]:g}" in line and "--value_range" in line for line in lines)
+
+
+def test_warning_of_a_deep_image_comes_once_a_run(train, tmp_path, capfd):
+    """With two data workers and held-out images, and in the next run again. Red when each process keeps its own mark."""
+    for i in range(8):
+        PIL.Image.fromarray(noise(20, 20)[..., 0].astype(np.uint16)).save(tmp_path / f"{i}.png")
+    for run in range(2):
+        more = ("--validation_fraction", "0.3", "--output_dir", str(tmp_path / f"run{run}"))
+        train("--train_data_dir", str(tmp_path), "--dataloader_num_workers", "2", *more)
+        assert capfd.readouterr().err.count("--value_range") == 1
+
+
+def test_deep_images_take_little_memory():
+    """Beside the image and its grey. Red when the whole is converted to float64 at once, which takes 128 MiB here."""
+    image = PIL.Image.fromarray(np.zeros((4096, 4096), np.uint16))
+    tracemalloc.start()
+    to_rgb(image)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**25
 
 
 @pytest.mark.parametrize("transparent", [True, False])
@@ -183,9 +297,9 @@ def test_large_jpegs_are_decoded_small(monkeypatch, tmp_path, name, kind):
         mode = {"gray": "L", "CMYK": "CMYK"}.get(kind, "RGB")
         image.convert(mode).save(photo, quality=95, progressive=kind == "progressive", exif=exif)
     args = parsed("--resolution", 64, "--center_crop")
-    monkeypatch.setattr(train_vqgan, "to_rgb", lambda image: seen.append(image.size) or to_rgb(image))
+    monkeypatch.setattr(train_vqgan, "to_rgb", lambda image, *rest: seen.append(image.size) or to_rgb(image))
     got = train_vqgan.augment(str(photo), train_vqgan.random_numbers_of_sample(0, 0), args)
-    whole = to_square(train_vqgan.read_image(str(photo)), 64)
+    whole = to_square(train_vqgan.read_image(str(photo), args), 64)
     assert seen == [(160, 160), (320, 320)]
     error = (got.double() - whole.double()).square().mean()
     assert 0 < error and 10 * torch.log10(255**2 / error) > 45
@@ -281,7 +395,7 @@ def broken_files(folder):
 
 
 def test_broken_files_of_every_kind(tmp_path):
-    """Red when one of Pillow's exceptions is not in UNREADABLE."""
+    """Red when one of Pillow's exceptions is not caught."""
     (tmp_path / "broken").mkdir()
     plain(99).save(tmp_path / "good.png")
     for path in broken_files(tmp_path / "broken"):
@@ -291,6 +405,97 @@ def test_broken_files_of_every_kind(tmp_path):
             items.reverse()
         image, fault = stream[0]
         assert image[0, 0, 0] == 99 and path.name in fault
+
+
+def both_ways(path):
+    """What training and validation make of an image: "Unreadable", or "pixels"."""
+
+    def outcome(read):
+        try:
+            return read() is not None and "pixels"
+        except train_vqgan.Unreadable:
+            return "Unreadable"
+
+    numbers = train_vqgan.random_numbers_of_sample(0, 0)
+    ((_, images, faults),) = train_vqgan.held_out_batches([path], 1, parsed("--train_batch_size", 1), 0, 1)
+    validation = "Unreadable" if faults else "pixels"
+    assert (images is None) == bool(faults)
+    return outcome(lambda: train_vqgan.augment(path, numbers, parsed())), validation
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, KeyError, NotImplementedError, AssertionError, EOFError])
+@pytest.mark.parametrize("where", ["open", "draft", "load"])
+def test_whatever_a_decoder_raises_is_the_images_fault(monkeypatch, photos, where, error):
+    """AVIF, TIFF, IM, SPIDER and DDS raise these. Red when a list of exceptions is caught in place of all."""
+
+    def broken(*arguments):
+        raise error("")
+
+    owner = PIL.Image if where == "open" else PIL.Image.Image if where == "draft" else PIL.ImageFile.ImageFile
+    monkeypatch.setattr(owner, where, broken)
+    trained, validated = both_ways(photos / "0.png")
+    assert trained == "Unreadable" and validated == ("pixels" if where == "draft" else "Unreadable")
+
+
+@pytest.mark.parametrize("suffix, at, value", [("avif", 290, 0), ("blp", 4, 255)])
+def test_damaged_avif_and_blp(tmp_path, suffix, at, value):
+    """Red when only what Pillow's older decoders raise is caught."""
+    path = tmp_path / f"image.{suffix}"
+    PIL.Image.fromarray(noise(24, 24)).convert("P" if suffix == "blp" else "RGB").save(path)
+    data = bytearray(path.read_bytes())
+    assert both_ways(path) == ("pixels", "pixels")
+    data[at] = value
+    path.write_bytes(data)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        PIL.Image.open(path).load()
+    assert both_ways(path) == ("Unreadable", "Unreadable")
+
+
+def test_error_of_our_conversion_is_ours(monkeypatch, photos):
+    """Red when `except Exception` is around `to_rgb`, too."""
+    monkeypatch.setattr(train_vqgan, "to_rgb", lambda *arguments: {}["ours"])
+    with pytest.raises(KeyError, match="ours"):
+        both_ways(photos / "0.png")
+
+
+@pytest.mark.parametrize("address, package", [("s3://bucket/1.png", "s3fs"), ("gs://bucket/1.png", "gcsfs")])
+def test_missing_package_is_not_the_images_fault(monkeypatch, address, package):
+    """Red when fsspec's ImportError is taken for a decoder's."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(train_vqgan.UserError, match=f"^--dataset_name: cannot read {address}: .*{package}"):
+        both_ways({"bytes": None, "path": address})
+
+
+def with_size(data, at, width, height):
+    """The bytes of a PNG or JPEG with another size in its header."""
+    size = (width, height) if data.startswith(b"\x89PNG") else (height, width)
+    length = 4 if data.startswith(b"\x89PNG") else 2
+    data = data[:at] + b"".join(n.to_bytes(length, "big") for n in size) + data[at + 2 * length :]
+    return data[:29] + zlib.crc32(data[12:29]).to_bytes(4, "big") + data[33:] if length == 4 else data
+
+
+def test_size_is_judged_after_a_jpeg_is_reduced(tmp_path):
+    """192 megapixels: as JPEG 3 at an eighth, in training and in validation; as PNG too many, which one line says.
+
+    Red when Pillow's limit is left as it is, or when the size is judged before draft.
+    """
+    jpeg, png = tmp_path / "large.jpg", tmp_path / "large.png"
+    for path in (jpeg, png):
+        PIL.Image.fromarray(noise(16, 16)[..., 0]).save(path)
+        data = path.read_bytes()
+        at = 16 if path is png else data.index(b"\xff\xc0") + 5
+        path.write_bytes(with_size(data, at, 16000, 12000))
+    assert both_ways(jpeg) == ("pixels", "pixels") and both_ways(png) == ("Unreadable", "Unreadable")
+    with pytest.raises(train_vqgan.Unreadable, match="^192 megapixels, at most 179 fit; make it smaller$"):
+        train_vqgan.read_image(png, parsed())
+
+
+def test_long_text_in_a_png(tmp_path):
+    """What drawing programs store there. Red with Pillow's MAX_TEXT_CHUNK."""
+    text = PIL.PngImagePlugin.PngInfo()
+    text.add_text("history", "x" * 1_200_000, zip=True)
+    plain(99).save(tmp_path / "drawing.png", pnginfo=text)
+    assert both_ways(tmp_path / "drawing.png") == ("pixels", "pixels")
 
 
 def broken_exif(tag):

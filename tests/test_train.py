@@ -422,6 +422,7 @@ REFUSED_ON_RESUME = [
     "--resolution 32",
     "--center_crop",
     "--random_flip",
+    "--value_range 0 4095",
     "--pixel_range unit",
     "--train_only decoder",
     "--codebook_norm none",
