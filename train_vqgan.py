@@ -988,16 +988,17 @@ def build_perceptual(args):
     name, layers, weights = args.timm_model_backend, args.timm_model_layers, args.timm_model_weights
     logits = layers == "logits"
     with user_error("--timm_model_backend", ValueError):
-        check_backbone(name) if logits else choose_stages(name)
+        check_backbone(name, args.cache_dir) if logits else choose_stages(name, None, args.cache_dir)
     with user_error("--timm_model_layers", ValueError):
-        stages = [] if logits else choose_stages(name, layers)
+        stages = [] if logits else choose_stages(name, layers, args.cache_dir)
         heads = lpips_heads(stages) if name.split(".")[0] == "vgg16" else ()
     with user_error("--timm_model_weights", ValueError):
         if logits:
             backbone = load_backbone(name, weights, args.cache_dir)
             loss = LogitsLoss(backbone, backbone.pretrained_cfg["input_size"][-2:])
         else:
-            loss = PerceptualLoss(TimmFeatures(name, stages, weights, args.cache_dir), heads)
+            features = TimmFeatures(name, stages, weights, args.cache_dir, args.resolution)
+            loss = PerceptualLoss(features, heads)
     small = f"--timm_model_backend: {name} fails at {args.resolution} pixels"
     with user_error(small, (RuntimeError, ValueError, AssertionError)), torch.no_grad():
         loss(*torch.zeros(2, 1, 3, args.resolution, args.resolution))
@@ -2412,7 +2413,7 @@ def check_args(args):
     require(pretrained, "--lpips_weights: LPIPS is defined by pretrained weights; none leaves it out")
     if args.frechet_backend:
         with user_error("--frechet_backend", ValueError):
-            check_backbone(args.frechet_backend)
+            check_backbone(args.frechet_backend, args.cache_dir)
     if args.eval_only:
         where = "name images with --validation_data_dir or --validation_split"
         require(held_out, f"--eval_only: {where}")
