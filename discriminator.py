@@ -278,8 +278,7 @@ def nearest_size(name, stages, cache_dir, resolution):
             size = tuple(max(1, round(resolution / side)) * side for side in patch)
             options = {"features_only": True, "out_indices": stages, "img_size": size, "cache_dir": cache_dir}
             given = {"state_dict": whole.state_dict(), "source": ""}
-            resized = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given, **options)
-            resized(torch.zeros(1, 3, *size))
+            timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given, **options)
         except TIMM_ERRORS:
             return None
     return size

@@ -280,6 +280,9 @@ def test_local_folder_without_a_model(tmp_path):
             assert reason(network, name, "hub", str(tmp_path)).startswith(f"no timm model at '{name}' (")
     other, _ = saved_model(tmp_path / "other", "test_convnext", "test_resnet")
     assert other in reason(features, other, "hub")
+    state = timm.create_model("test_resnet").state_dict()
+    torch.save(prefixed(state, "backbone."), tmp_path / "other" / "pytorch_model.bin")
+    assert reason(features, other, "hub").startswith(f"{other} does not hold the tensors of this backbone (")
     torch.save({"model": Path("/")}, tmp_path / "other" / "pytorch_model.bin")  # more than tensors
     message = reason(features, other, "hub")
     assert "weights_only=True blocked" in message and "weights_only=False" not in message
