@@ -8,11 +8,12 @@ import difflib
 import functools
 import importlib.util
 import logging
+import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from torch import nn
 logger = logging.getLogger("train_vqgan")
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# Each of timm's families fails in its own way at what it cannot build, and each reader at what is no weight file.
+TIMM_ERRORS = (RuntimeError, AttributeError, AssertionError, TypeError, ValueError, LookupError, OSError, EOFError)
+TIMM_ERRORS += (pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError)
 
 
 # ---- Patch discriminator ---------------------------------------------------------------------------------------------
@@ -156,18 +160,20 @@ class TimmFeatures(TimmModel):
         stages: numbers of its feature stages in ascending order, as `choose_stages` gives them.
         weights: "hub", a local file, the name of an installed package that ships one, or "random".
         cache_dir: where weights from the Hub are kept.
+        resolution: side of the images in pixels, for a backbone of a fixed size that timm can build for another one;
+            without it, they are resized to the one it was trained at.
 
     Raises ValueError when the weights cannot be had.
     """
 
-    def __init__(self, name, stages, weights="hub", cache_dir=None):
-        names = feature_stages(name)[0]
-        backbone = load_backbone(name, weights, cache_dir, features_only=True, out_indices=stages)
-        if isinstance(getattr(backbone, "blocks", None), nn.Sequential):  # timm would run all of an EfficientNet's
-            last = re.fullmatch(r"blocks\.(\d+)", names[stages[-1]])
-            backbone.blocks = backbone.blocks[: int(last[1]) + 1 if last else 0]
+    def __init__(self, name, stages, weights="hub", cache_dir=None, resolution=None):
+        names = feature_stages(name, cache_dir)[0]
+        img_size = nearest_size(name, stages, cache_dir, resolution) if resolution else None
+        options = {"features_only": True, "out_indices": stages, "img_size": img_size}  # timm ignores None
+        backbone = load_backbone(name, weights, cache_dir, **options)
         config = backbone.pretrained_cfg
-        super().__init__(backbone, config["input_size"][-2:] if config.get("fixed_input_size") else None)
+        fixed = config["input_size"][-2:] if config.get("fixed_input_size") else None
+        super().__init__(backbone, img_size or fixed)
         self.stages = [names[i] for i in stages]
         self.channels_first = not str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC")
 
@@ -194,37 +200,50 @@ class TimmPooled(TimmModel):
         return self.outputs(self.resized(images.to(self.mean.dtype) / 255).clamp(0, 1))
 
 
-def check_backbone(name):
-    """ValueError for a name that timm does not know, with those that come close."""
-    if "hub:" not in name and not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), 3, 0.4)
-        raise ValueError(f"timm has no model '{name}'" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+def check_backbone(name, cache_dir=None):
+    """ValueError for a name that timm does not know, with those that come close, or a place without a model."""
+    if timm.is_model(name):
+        return
+    if ":" in name:  # local-dir: or hf-hub:
+        try:
+            timm.models.resolve_model_input_args(name, cache_dir=cache_dir)
+        except TIMM_ERRORS as error:
+            raise ValueError(f"no timm model at '{name}' ({first_line(error)})") from error
+        return
+    close = difflib.get_close_matches(name, timm.list_models(), 3, 0.4)
+    raise ValueError(f"timm has no model '{name}'" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+
+
+def first_line(error):
+    """Why timm failed, without its advice to run a file's code."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split(" No automatic unsafe")[0][:300]
 
 
 @functools.cache
-def feature_stages(name):
+def feature_stages(name, cache_dir=None):
     """(names, default): names of all stages of a timm model's feature maps, and numbers of those it gives by default.
 
     Pooling layers are left out of the default: timm counts the last max-pool of a VGG as a stage. ValueError for models
     without feature maps.
     """
-    check_backbone(name)
+    check_backbone(name, cache_dir)
     try:
         with torch.random.fork_rng(devices=[]):  # looked up or remembered, the same random numbers follow
-            extractor = timm.create_model(name, pretrained=False, features_only=True)
-    except (RuntimeError, AttributeError, AssertionError, TypeError, ValueError) as error:  # each family has its own
-        raise ValueError(f"{name} gives no feature maps: {error}") from error
+            extractor = timm.create_model(name, pretrained=False, features_only=True, cache_dir=cache_dir)
+    except TIMM_ERRORS as error:
+        raise ValueError(f"{name} gives no feature maps: {first_line(error)}") from error
     names = [stage["module"] for stage in extractor.feature_info.info]
     layers = [getattr(extractor, name.replace(".", "_"), None) for name in names]
     return names, [i for i in extractor.feature_info.out_indices if not isinstance(layers[i], nn.MaxPool2d)]
 
 
-def choose_stages(name, layers=None):
+def choose_stages(name, layers=None, cache_dir=None):
     """Numbers of stages of timm model `name`, ascending, from names and numbers separated by | or commas.
 
     Without `layers`, the default ones. ValueError for a layer that is not there.
     """
-    names, default = feature_stages(name)
+    names, default = feature_stages(name, cache_dir)
     if not layers:
         return default
     chosen = set()
@@ -245,25 +264,84 @@ def lpips_heads(stages):
     return [heads[f"lin{i}.model.1.weight"] for i in stages]
 
 
+def nearest_size(name, stages, cache_dir, resolution):
+    """(height, width): the nearest multiples of the patch size, for a backbone that would resize all images to its own.
+
+    None where images may have any size, or timm cannot fit the model's weights to another one.
+    """
+    with torch.device("meta"):  # no memory, no random numbers
+        try:
+            whole = timm.create_model(name, cache_dir=cache_dir)
+            if not whole.pretrained_cfg.get("fixed_input_size"):
+                return None
+            patch = timm.layers.to_2tuple(whole.patch_embed.patch_size)
+            size = tuple(max(1, round(resolution / side)) * side for side in patch)
+            options = {"features_only": True, "out_indices": stages, "img_size": size, "cache_dir": cache_dir}
+            given = {"state_dict": whole.state_dict(), "source": ""}
+            timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given, **options)
+        except TIMM_ERRORS:
+            return None
+    return size
+
+
 def load_backbone(name, weights, cache_dir=None, **options):
     """A timm model with weights from the Hub, a local file or an installed package, or random ones.
 
-    weights: "hub", a file, the name of a package that ships one weight file, or "random". options: for
-    timm.create_model. Raises ValueError when the model is unknown or the weights cannot be had.
+    weights: "hub", a file, the name of a package that ships one weight file, or "random"; "hub" means the folder itself
+    for a model in a local-dir. options: for timm.create_model. Raises ValueError when the model is unknown or the
+    weights cannot be had.
     """
-    check_backbone(name)
+    check_backbone(name, cache_dir)
+    create = functools.partial(create_backbone, name, cache_dir=cache_dir, **options)
     if weights == "random":
-        return timm.create_model(name, pretrained=False, **options)
+        return create(pretrained=False)
     if weights == "hub":
-        logger.info(f"Fetching the weights of {name} from the Hugging Face Hub, unless they are cached")
+        if not name.startswith("local-dir:"):
+            logger.info(f"Fetching the weights of {name} from the Hugging Face Hub, unless they are cached")
         try:
-            return timm.create_model(name, pretrained=True, cache_dir=cache_dir, **options)
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            network = create(pretrained=True)
+        except TIMM_ERRORS as error:
             remedy = "name a local file, an installed package that ships them, or random"
-            raise ValueError(f"no weights of {name} from 'hub' ({reason}); {remedy}") from error
-    state = read_weights(weights, timm.create_model(name, pretrained=False).state_dict())
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options)
+            raise ValueError(f"no weights of {name} from 'hub' ({first_line(error)}); {remedy}") from error
+        if ":" in name:  # anybody's, not timm's own
+            require_loaded(network, create(pretrained=False), name)
+        return network
+    path = weight_file(weights)
+    given = {"source": ""}  # not the folder or repository of the name
+    if path.suffix == ".npz":  # as Google published its models
+        given |= {"file": str(path), "custom_load": True}
+    else:
+        whole = timm.create_model(name, pretrained=False, cache_dir=cache_dir)
+        given["state_dict"] = read_weights(weights, whole.state_dict())
+    try:
+        network = create(pretrained=True, pretrained_cfg_overlay=given)
+    except TIMM_ERRORS as error:
+        raise ValueError(f"{path.name} does not hold the tensors of this backbone ({first_line(error)})") from error
+    require_loaded(network, create(pretrained=False), path.name)
+    return network
+
+
+def create_backbone(name, **options):
+    """timm.create_model, without the blocks after the last feature map: timm would run all of an EfficientNet's."""
+    backbone = timm.create_model(name, **options)
+    if "out_indices" in options and isinstance(getattr(backbone, "blocks", None), nn.Sequential):
+        stages = feature_stages(name, options["cache_dir"])[0]
+        last = re.fullmatch(r"blocks\.(\d+)", stages[options["out_indices"][-1]])
+        backbone.blocks = backbone.blocks[: int(last[1]) + 1 if last else 0]
+    return backbone
+
+
+def require_loaded(network, fresh, source):
+    """ValueError when loading left tensors as they are in `fresh`, the same network without weights: timm is content.
+
+    Each writing counts a tensor's version up. Values could not tell: biases and norms begin at plain numbers.
+    """
+    versions = {name: tensor._version for name, tensor in fresh.state_dict().items() if tensor.is_floating_point()}
+    state = network.state_dict()
+    missing = [name for name, version in versions.items() if state[name]._version == version]
+    if missing:
+        lacks = f"{len(missing)} of {len(versions)} are missing, such as {missing[0]}"
+        raise ValueError(f"{source} does not hold the tensors of this backbone ({lacks})")
 
 
 def weight_file(source):
@@ -282,22 +360,21 @@ def weight_file(source):
 
 
 def read_weights(source, expected):
-    """Tensors of `weight_file(source)` under the names of `expected`, a timm model's state dict.
+    """Tensors of `weight_file(source)` by name, for timm to sort out; `expected` is the state dict of its model.
 
-    Packages may name them otherwise: then the same number of tensors of the same sizes in the same order will do.
-    Sizes count instead of shapes, as torchvision's VGG ends in linear layers where timm's has convolutions.
+    Packages may use names that timm does not know: then the same number of tensors of the same sizes in the same order
+    will do. Sizes count instead of shapes, as torchvision's VGG ends in linear layers where timm's has convolutions.
     """
     path = weight_file(source)
     try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        sizes = [(tensor.shape[:1], tensor.numel()) for tensor in state.values()]
+        state = timm.models.load_state_dict(path)  # runs no code of the file
     except Exception as error:  # the readers raise many kinds, and torch's text advises to run the file's code
         raise ValueError(f"{path.name} holds no plain tensors by name") from error
-    if set(state) == set(expected):
+    if not state:  # timm would look elsewhere
+        raise ValueError(f"{path.name} holds no plain tensors by name")
+    if Path(source).is_file() or set(state) == set(expected):
         return state
+    sizes = [(tensor.shape[:1], tensor.numel()) for tensor in state.values() if isinstance(tensor, torch.Tensor)]
     if sizes != [(tensor.shape[:1], tensor.numel()) for tensor in expected.values()]:
-        raise ValueError(f"the tensors in {path.name} are not those of this backbone")
+        return state
     return {name: tensor.reshape(expected[name].shape) for name, tensor in zip(expected, state.values())}

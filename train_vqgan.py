@@ -843,9 +843,13 @@ def build_generator(args):
         if Path(source).is_dir():
             inner = Path(source) / (where.pop("subfolder") or "vqmodel")
             source = str(inner) if inner.is_dir() or args.subfolder else source
+        elif not args.subfolder and not Path(source).exists():
+            logger.info(f"Contacting the Hugging Face Hub for {source}/vqmodel")
+            with suppress(OSError):  # not there, or read_config says why
+                VQModel.load_config(source, **where | {"subfolder": "vqmodel"})
+                where["subfolder"] = "vqmodel"
         check_vqmodel_config(flag, read_config(flag, source, VQModel, **where), args.resolution)
-        with user_error(f"{flag}: cannot load {source}", Exception):
-            model = VQModel.from_pretrained(source, torch_dtype=torch.get_default_dtype(), **where)
+        model = load_vqmodel(flag, source, **where)
     else:
         flag, source = "--model_config_name_or_path", args.model_config_name_or_path or DEFAULT_CONFIG
         config = read_config(flag, source, VQModel, revision=args.revision, cache_dir=args.cache_dir)
@@ -859,6 +863,35 @@ def build_generator(args):
     if args.gradient_checkpointing:
         checkpoint_activations(model)
     return model.train()
+
+
+def load_vqmodel(flag, source, **where):
+    """A pretrained VQModel, from its plain weight file, or from the only variant there is, such as fp16."""
+    options = {"torch_dtype": torch.get_default_dtype(), "output_loading_info": True, **where}
+    with user_error(f"{flag}: cannot load {source}", Exception):
+        try:
+            model, report = VQModel.from_pretrained(source, **options)
+        except OSError:
+            folder = f"{where['subfolder']}/" if where.get("subfolder") else ""
+            files = [f"{folder}diffusion_pytorch_model.fp16.safetensors"]  # nearly always, when a cache cannot say
+            if Path(source).is_dir():
+                files = os.listdir(source)
+            else:
+                with suppress(OSError):
+                    files = HfApi().list_repo_files(source, revision=where["revision"])
+            pattern = re.compile(re.escape(folder) + r"diffusion_pytorch_model\.([^.]+)\.(safetensors|bin)")
+            variants = sorted({match[1] for match in map(pattern.fullmatch, files) if match})
+            several = f"{flag}: {source} holds several variants of the weights, {', '.join(variants)}"
+            require(len(variants) < 2, f"{several}; rename one to diffusion_pytorch_model.safetensors")
+            if not variants:
+                raise
+            logger.info(f"{source} holds no plain weight file: taking its variant {variants[0]}")
+            model, report = VQModel.from_pretrained(source, variant=variants[0], **options)
+    missing, unknown = (", ".join(sorted(report[kind])[:5]) for kind in ("missing_keys", "unexpected_keys"))
+    require(not missing, f"{flag}: the weights in {source} do not fit its config; they lack {missing}")
+    if unknown:
+        logger.warning(f"{flag}: the weights in {source} hold what its config has no place for: {unknown}")
+    return model
 
 
 def read_config(flag, source, network, **where):
@@ -885,6 +918,8 @@ def read_config(flag, source, network, **where):
         hint = "" if network is not VQModel or where.get("subfolder") else "; is it in a --subfolder, such as vqvae?"
         with user_error(f"{flag}: no local file or directory {source}, and the Hub did not give it", OSError, hint):
             config = network.load_config(source, **where)
+    kind = config.get("_class_name", network.__name__)
+    require(kind == network.__name__, f"{flag}: {source} is the config of {kind}, not of {network.__name__}")
     known = [name for name in inspect.signature(network.__init__).parameters if name != "self"]
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     for key in config:
@@ -986,16 +1021,17 @@ def build_perceptual(args):
     name, layers, weights = args.timm_model_backend, args.timm_model_layers, args.timm_model_weights
     logits = layers == "logits"
     with user_error("--timm_model_backend", ValueError):
-        check_backbone(name) if logits else choose_stages(name)
+        check_backbone(name, args.cache_dir) if logits else choose_stages(name, None, args.cache_dir)
     with user_error("--timm_model_layers", ValueError):
-        stages = [] if logits else choose_stages(name, layers)
+        stages = [] if logits else choose_stages(name, layers, args.cache_dir)
         heads = lpips_heads(stages) if name.split(".")[0] == "vgg16" else ()
     with user_error("--timm_model_weights", ValueError):
         if logits:
             backbone = load_backbone(name, weights, args.cache_dir)
             loss = LogitsLoss(backbone, backbone.pretrained_cfg["input_size"][-2:])
         else:
-            loss = PerceptualLoss(TimmFeatures(name, stages, weights, args.cache_dir), heads)
+            features = TimmFeatures(name, stages, weights, args.cache_dir, args.resolution)
+            loss = PerceptualLoss(features, heads)
     small = f"--timm_model_backend: {name} fails at {args.resolution} pixels"
     with user_error(small, (RuntimeError, ValueError, AssertionError)), torch.no_grad():
         loss(*torch.zeros(2, 1, 3, args.resolution, args.resolution))
@@ -2675,7 +2711,7 @@ def check_args(args):
     require(pretrained, "--lpips_weights: LPIPS is defined by pretrained weights; none leaves it out")
     if args.frechet_backend:
         with user_error("--frechet_backend", ValueError):
-            check_backbone(args.frechet_backend)
+            check_backbone(args.frechet_backend, args.cache_dir)
     if args.eval_only:
         where = "name images with --validation_data_dir or --validation_split"
         require(held_out, f"--eval_only: {where}")

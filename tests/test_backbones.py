@@ -1,6 +1,8 @@
 """timm backbones of the perceptual loss: which build, which layers run, and where their weights come from."""
 
+import argparse
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +243,87 @@ def differing(backbone, expected):
     return [name for name, tensor in state.items() if not torch.equal(tensor, expected[names[name]])]
 
 
+def saved_model(folder, name="test_resnet", architecture="test_resnet"):
+    """A folder as timm saves a model for the Hub, and the model's tensors."""
+    torch.manual_seed(1)
+    model = timm.create_model(name)
+    timm.models.save_for_hf(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architecture": architecture}))
+    return f"local-dir:{folder}", model.state_dict()
+
+
+@pytest.mark.parametrize("weights", ["hub", "file"])
+def test_model_in_a_local_folder(tmp_path, weights):
+    """Its stages are looked up and its weights, or those of another file, loaded. Red when check_backbone refuses it,
+    or the folder's own weights go before the file's."""
+    name, state = saved_model(tmp_path / "model")
+    if weights == "file":
+        state = timm.create_model("test_resnet").state_dict()
+        weights = str(tmp_path / "weights.pth")
+        torch.save(state, weights)
+    network = build(name, "layer1", weights)
+    assert network.stages == ["layer1"] and differing(build(name, None, weights).backbone, state) == []
+    assert pooled(name, weights).num_features == pooled("test_resnet").num_features
+
+
+def test_local_folder_without_a_model(tmp_path):
+    """Nothing there, another's config, an unknown architecture, weights of another model.
+
+    Red when check_backbone does not look, or the weights of a named place are not compared.
+    """
+    (tmp_path / "vqmodel").mkdir()
+    (tmp_path / "vqmodel" / "config.json").write_text('{"_class_name": "VQModel"}')
+    unknown, _ = saved_model(tmp_path / "unknown", architecture="resnet_of_mine")
+    for name in (f"local-dir:{tmp_path / 'nothing'}", f"local-dir:{tmp_path / 'vqmodel'}", unknown, "hf-hub:me/model"):
+        for network in (features, pooled):
+            assert reason(network, name, "hub", str(tmp_path)).startswith(f"no timm model at '{name}' (")
+    other, _ = saved_model(tmp_path / "other", "test_convnext", "test_resnet")
+    assert other in reason(features, other, "hub")
+    state = timm.create_model("test_resnet").state_dict()
+    torch.save(prefixed(state, "backbone."), tmp_path / "other" / "pytorch_model.bin")
+    assert reason(features, other, "hub").startswith(f"{other} does not hold the tensors of this backbone (")
+    torch.save({"model": Path("/")}, tmp_path / "other" / "pytorch_model.bin")  # more than tensors
+    message = reason(features, other, "hub")
+    assert "weights_only=True blocked" in message and "weights_only=False" not in message
+
+
+@pytest.mark.parametrize("name, side", [("test_vit", 48), ("test_vit", 8), ("vit_small_patch14_dinov2", 112)])
+def test_backbone_of_a_fixed_size_is_built_for_the_resolution(tmp_path, name, side):
+    """At the nearest multiple of its patch size, with positions as timm interpolates them; pooled features as ever.
+
+    Red when `img_size` is not given, or images keep their size.
+    """
+    torch.manual_seed(1)
+    model = timm.create_model(name)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    patch = model.patch_embed.patch_size[0]
+    size = max(patch, round(side / patch) * patch)
+    network = TimmFeatures(name, [1], str(tmp_path / "weights.pth"), None, side)
+    assert network.size == (size, size)
+    x = images(side)[0]
+    assert network(x)[0].shape[-2:] == (size // patch, size // patch)
+    given = {"state_dict": model.state_dict()}
+    expected = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=given, img_size=size).eval()
+    inputs = (network.resized(x / 2 + 0.5) - network.mean) / network.std
+    (tokens,) = expected.forward_intermediates(inputs, [1], intermediates_only=True)
+    torch.testing.assert_close(network(x)[0], tokens)
+    assert TimmFeatures(name, [1], "random").size == model.pretrained_cfg["input_size"][-2:] == pooled(name).size
+
+
+@pytest.mark.parametrize("name", ["coat_tiny", "test_maxvit"])
+def test_backbone_that_cannot_change_its_size_keeps_it(name):
+    """Red when every backbone of a fixed size is given `img_size`."""
+    network = TimmFeatures(name, [1], "random", None, 64)
+    assert network.size == timm.create_model(name).pretrained_cfg["input_size"][-2:]
+
+
+def test_resolution_reaches_the_backbone(flags):
+    """Red when build_perceptual does not pass it on."""
+    more = ["--timm_model_backend", "test_vit", "--resolution", "64"]
+    assert tv.build_perceptual(tv.parse_args([*flags, *more])).features.size == (64, 64)
+
+
 @pytest.mark.parametrize("spelling", [PACKAGE, PACKAGE.replace("-", "_")])
 def test_package_weights_reach_the_backbone(spelling):
     """Tensor for tensor, in timm's order. Red when `pretrained=True` becomes False, or the order is turned."""
@@ -287,27 +370,109 @@ def test_weights_of_a_vit_reach_the_backbone(tmp_path):
     assert differing(network.backbone, {f"model.{name}": tensor for name, tensor in state.items()}) == []
 
 
-def test_tensors_under_other_names_and_in_other_order(tmp_path):
-    """Other names: by order. The same names: by name, whatever the order. Red when order alone counts."""
+def prefixed(state, prefix="module."):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: dict(reversed(state.items())),
+        prefixed,
+        lambda state: {"model": state, "optimizer": {"state": {}}, "epoch": 3},
+        lambda state: {"state_dict": prefixed(state), "arch": "test_resnet", "args": argparse.Namespace(lr=1)},
+        lambda state: {"state_dict": {}, "state_dict_ema": state},
+        lambda state: {name: tensor for name, tensor in state.items() if not name.startswith("fc.")},
+        lambda state: {name: tensor.half() for name, tensor in state.items()},
+    ],
+    ids=["reversed", "distributed", "nested", "timm", "ema", "headless", "half"],
+)
+def test_weight_files_as_training_leaves_them(tmp_path, wrap):
+    """timm's ways to nest and prefix; feature maps need no classifier. Red when timm does not read the file."""
     torch.manual_seed(1)
     state = timm.create_model("test_resnet").state_dict()
-    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "prefixed.pth")
-    torch.save(dict(reversed(state.items())), tmp_path / "reversed.pth")
-    for name in ("prefixed.pth", "reversed.pth"):
-        assert differing(build("test_resnet", None, str(tmp_path / name)).backbone, state) == []
+    state = {name: tensor.half().to(tensor.dtype) for name, tensor in state.items()}
+    torch.save(wrap(state), tmp_path / "weights.pth")
+    assert differing(build("test_resnet", None, str(tmp_path / "weights.pth")).backbone, state) == []
+
+
+def test_weights_under_their_authors_names(tmp_path):
+    """ConvNeXt's, DeiT's nested in `model` and torchvision's VGG. Red when timm's filter does not see the file."""
+    torch.manual_seed(1)
+    state = timm.create_model("test_convnext").state_dict()
+    theirs = [("stem.0", "downsample_layers.0.0"), ("stem.1", "downsample_layers.0.1"), ("stages.0.blocks", "stages.0")]
+    theirs += [(f"stages.{i}.downsample", f"downsample_layers.{i}") for i in (1, 2, 3)]
+    theirs += [(f"stages.{i}.blocks", f"stages.{i}") for i in (1, 2, 3)] + [("conv_dw", "dwconv"), ("head.fc", "head")]
+    theirs += [("mlp.fc1", "pwconv1"), ("mlp.fc2", "pwconv2"), ("head.norm", "norm")]
+    renamed = {}
+    for name, tensor in state.items():
+        for ours, original in theirs:
+            name = name.replace(ours, original)
+        renamed[name] = tensor
+    assert not {"stem.0.weight", "stages.0.blocks.0.conv_dw.weight"} & set(renamed)
+    torch.save({"model": renamed}, tmp_path / "convnext.pth")
+    network = build("test_convnext", None, str(tmp_path / "convnext.pth"))
+    found = {name.replace("_", ".", 1): tensor for name, tensor in network.backbone.state_dict().items()}
+    assert equal(found, {name: state[name] for name in found})
+
+
+def flax(state, heads):
+    """A ViT's tensors as Google published them."""
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    width = arrays["cls_token"].shape[-1]
+    out = {"cls": arrays["cls_token"], "Transformer/posembed_input/pos_embedding": arrays["pos_embed"]}
+    out |= {"embedding/kernel": arrays["patch_embed.proj.weight"].transpose(2, 3, 1, 0)}
+    out |= {"embedding/bias": arrays["patch_embed.proj.bias"]}
+    layers = {"Transformer/encoder_norm": "norm", "head": "head"}
+    for i in range(sum(name.endswith("attn.qkv.weight") for name in arrays)):
+        to, block = f"Transformer/encoderblock_{i}", f"blocks.{i}"
+        layers |= {f"{to}/LayerNorm_0": f"{block}.norm1", f"{to}/LayerNorm_2": f"{block}.norm2"}
+        layers |= {f"{to}/MlpBlock_3/Dense_{j}": f"{block}.mlp.fc{j + 1}" for j in (0, 1)}
+        attention = f"{to}/MultiHeadDotProductAttention_1"
+        for j, part in enumerate(("query", "key", "value")):
+            weight, bias = (arrays[f"{block}.attn.qkv.{kind}"].reshape(3, width, -1)[j] for kind in ("weight", "bias"))
+            out[f"{attention}/{part}/kernel"] = weight.T.reshape(width, heads, -1)
+            out[f"{attention}/{part}/bias"] = bias.reshape(heads, -1)
+        out[f"{attention}/out/kernel"] = arrays[f"{block}.attn.proj.weight"].T.reshape(heads, -1, width)
+        out[f"{attention}/out/bias"] = arrays[f"{block}.attn.proj.bias"]
+    for to, name in layers.items():
+        weight = arrays[f"{name}.weight"]
+        out |= {f"{to}/{'kernel' if weight.ndim == 2 else 'scale'}": weight.T, f"{to}/bias": arrays[f"{name}.bias"]}
+    return out
+
+
+def test_original_npz_weights(tmp_path):
+    """Of Google's ViTs. Red when an .npz file goes through torch.load, or timm is not told custom_load."""
+    torch.manual_seed(1)
+    model = timm.create_model("vit_tiny_patch16_224")
+    np.savez(tmp_path / "vit.npz", **flax(model.state_dict(), model.blocks[0].attn.num_heads))
+    network = build("vit_tiny_patch16_224", None, str(tmp_path / "vit.npz"))
+    assert differing(network.backbone, {f"model.{name}": t for name, t in model.state_dict().items()}) == []
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    assert "other.npz" in reason(features, "vit_tiny_patch16_224", str(tmp_path / "other.npz"))
 
 
 def wrong_files(folder):
-    """Files that hold no weights of test_resnet."""
+    """Files that do not hold the weights of test_resnet's first stages."""
     state = timm.create_model("test_resnet").state_dict()
+    wider = {name: torch.cat([tensor, tensor]) if tensor.ndim else tensor for name, tensor in state.items()}
+    short = {name: tensor for name, tensor in state.items() if name != "layer1.0.bn1.bias"}  # zeros in a new network
+    bufferless = {name: tensor for name, tensor in state.items() if name != "layer1.0.bn1.running_var"}
     files = {
-        "short.pth": lambda path: torch.save(dict(list(state.items())[:-1]), path),
+        "short.pth": lambda path: torch.save(short, path),
+        "bufferless.pth": lambda path: torch.save({"model": bufferless}, path),
+        "unrelated.pth": lambda path: torch.save({"a": torch.zeros(3), "b": torch.zeros(3, 3)}, path),
+        "backbone.pth": lambda path: torch.save(prefixed(state, "backbone."), path),
+        "wide.pth": lambda path: torch.save(wider, path),
+        "no_tensors.pth": lambda path: torch.save({}, path),
+        "archive.npz": lambda path: np.savez(path, **{name: tensor.numpy() for name, tensor in state.items()}),
+        "text.npz": lambda path: path.write_text("no weights"),
         "another.safetensors": lambda path: safetensors.torch.save_file(
             timm.create_model("test_convnext").state_dict(), path
         ),
         "reshaped.pth": lambda path: torch.save({f"m.{k}": v.unsqueeze(0) for k, v in state.items()}, path),
         "renamed_reversed.pth": lambda path: torch.save({f"m.{k}": v for k, v in reversed(state.items())}, path),
-        "wrapped.pth": lambda path: torch.save({"state_dict": state}, path),
+        "nested.pth": lambda path: torch.save({"student": {"state_dict": state}}, path),
         "list.pth": lambda path: torch.save(list(state.values()), path),
         "text.pth": lambda path: path.write_text("no weights"),
         "text.safetensors": lambda path: path.write_text("no weights"),
@@ -320,7 +485,7 @@ def wrong_files(folder):
 
 
 def test_wrong_weight_files_are_named(tmp_path):
-    """And nobody is advised to run their code. Red when the comparison of shapes is left out."""
+    """And nobody is advised to run their code. Red when require_loaded is left out, or compares values."""
     for path in wrong_files(tmp_path):
         message = reason(features, "test_resnet", str(path))
         assert path.name in message

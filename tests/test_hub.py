@@ -1,15 +1,19 @@
 """The Hub, against a stand-in server on the loopback interface: upload, and a config loaded from a repository."""
 
 import base64
+import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 
 import pytest
-from conftest import REPOSITORY, TINY_MODEL, without
+import safetensors.torch
+from conftest import REPOSITORY, TINY_MODEL, equal, exported, without
+from diffusers import VQModel
 
 pytestmark = pytest.mark.slow
 TOKEN = "hf_standintoken"
@@ -57,16 +61,28 @@ class StandIn(http.server.BaseHTTPRequestHandler):
 
     def serve(self, body):
         self.server.calls.append((self.command, self.path, self.headers.get("Authorization")))
-        if self.path != "/me/architecture/resolve/main/config.json":
-            self.send_error(404)
-            return
-        data = json.dumps({"_class_name": "VQModel"} | TINY_MODEL).encode()
+        if self.path.startswith("/api/models/me/model/tree/"):
+            return self.answer([{"type": "file", "path": p, "size": 1, "oid": "1"} for p in self.server.files])
+        if self.path == "/me/architecture/resolve/main/config.json":
+            data = json.dumps({"_class_name": "VQModel"} | TINY_MODEL).encode()
+        elif (name := re.sub("^/me/model/resolve/[^/]+/", "", self.path)) in self.server.files:
+            data = self.server.files[name]
+        else:
+            return self.missing()
         self.send_response(200)
-        for key, value in {"ETag": '"1"', "X-Repo-Commit": "1" * 40, "Content-Length": len(data)}.items():
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": "1" * 40}
+        for key, value in {**headers, "Content-Length": len(data)}.items():
             self.send_header(key, str(value))
         self.end_headers()
         if body:
             self.wfile.write(data)
+
+    def missing(self):
+        self.send_response(404)
+        if self.path.startswith("/me/model/"):
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def answer(self, content):
         data = json.dumps(content).encode()
@@ -120,6 +136,22 @@ def test_config_from_the_hub(hub, flags, tmp_path):
     config = json.loads((tmp_path / "run" / "vqmodel" / "config.json").read_text())
     assert config["block_out_channels"] == TINY_MODEL["block_out_channels"]
     assert "Contacting the Hugging Face Hub for the config of me/architecture" in result.stderr
+
+
+@pytest.mark.parametrize("subfolder", ["vqmodel/", "vqvae/", ""])
+def test_pretrained_model_from_the_hub(hub, flags, tmp_path, subfolder):
+    """Below vqmodel/ where this script uploads it, in --subfolder, or at the root; with a variant of the weights only.
+
+    Red when the Hub is not asked for vqmodel/config.json, or not for the repository's files.
+    """
+    VQModel(**TINY_MODEL).save_pretrained(tmp_path / "pretrained", variant="fp16")
+    hub.files |= {subfolder + path.name: path.read_bytes() for path in (tmp_path / "pretrained").iterdir()}
+    more = ["--subfolder", "vqvae"] if subfolder == "vqvae/" else []
+    flags = [*without(flags, "--model_config_name_or_path"), "--pretrained_model_name_or_path", "me/model", *more]
+    result = run(hub, tmp_path, [*flags, "--learning_rate", "0"])
+    assert result.returncode == 0, result.stderr[-3000:]
+    before = safetensors.torch.load(hub.files[subfolder + "diffusion_pytorch_model.fp16.safetensors"])
+    assert equal(before, exported(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("flag", ["--model_config_name_or_path", "--pretrained_model_name_or_path", "--dataset_name"])

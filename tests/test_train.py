@@ -711,6 +711,74 @@ def test_foreign_weights_are_refused_with_what_to_do(flags, tmp_path, capsys, fl
     assert f"{flag}: " in line and "taming-transformers" in line and "convert" in line
 
 
+@pytest.fixture
+def pretrained(flags, tmp_path):
+    """(folder of a VQModel, build(*more flags) -> the generator that starts from it)."""
+    folder = tmp_path / "pretrained"
+    train_vqgan.VQModel(**TINY_MODEL).save_pretrained(folder)
+    given = [*without(flags, "--model_config_name_or_path"), "--pretrained_model_name_or_path", str(folder)]
+    return folder, lambda *more: train_vqgan.build_generator(train_vqgan.parse_args([*given, *more]))
+
+
+def rewrite(folder, change, name="diffusion_pytorch_model.safetensors"):
+    """change(dict of tensors) in a weight file, which gets that name."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    state = safetensors.torch.load_file(path)
+    path.unlink()
+    change(state)
+    safetensors.torch.save_file(state, folder / name)
+
+
+@pytest.mark.parametrize("variant", ["fp16", "ema"])
+def test_only_variant_of_the_weights_is_taken(pretrained, variant):
+    """As published to save space: it trains in fp32. Red when from_pretrained is not given the variant."""
+    folder, build = pretrained
+    expected = {name: tensor.half() for name, tensor in exported(folder, "").items()}
+    rewrite(folder, lambda state: state.update(expected), f"diffusion_pytorch_model.{variant}.safetensors")
+    found = {name: tensor for name, tensor in build().state_dict().items() if name in expected}
+    assert equal(found, {name: tensor.float() for name, tensor in expected.items()})
+
+
+def test_several_variants_are_named(pretrained):
+    """And a plain file next to one wins. Red when the first variant is taken."""
+    folder, build = pretrained
+    plain = folder / "diffusion_pytorch_model.safetensors"
+    for variant in ("fp16", "ema"):
+        shutil.copy(plain, folder / f"diffusion_pytorch_model.{variant}.safetensors")
+    build()
+    plain.unlink()
+    with pytest.raises(train_vqgan.UserError, match="--pretrained_model_name_or_path: .* ema, fp16; rename"):
+        build()
+
+
+def test_pretrained_weights_that_lack_some(pretrained):
+    """Two kinds: the codebook, and a layer. Red when the report's missing_keys are passed over."""
+    folder, build = pretrained
+    rewrite(folder, lambda state: [state.pop(name) for name in (CODEBOOK, "decoder.conv_in.bias")])
+    lack = "--pretrained_model_name_or_path: .* lack decoder.conv_in.bias, quantize.embedding.weight$"
+    with pytest.raises(train_vqgan.UserError, match=lack):
+        build()
+
+
+def test_pretrained_weights_with_more_than_the_model(pretrained, caplog):
+    """Red when the report's unexpected_keys are passed over."""
+    folder, build = pretrained
+    rewrite(folder, lambda state: state.update({"decoder.more.weight": torch.zeros(1)}))
+    build()
+    assert [m for m in caplog.messages if "no place" in m and m.endswith(": decoder.more.weight")]
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "UNet2DModel"])
+def test_pretrained_network_of_another_class(pretrained, kind):
+    """Even one whose keys a VQModel knows. Red when _class_name is dropped like other keys with an underscore."""
+    folder, build = pretrained
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_class_name": kind}))
+    expected = f"--pretrained_model_name_or_path: .* is the config of {kind}, not of VQModel$"
+    with pytest.raises(train_vqgan.UserError, match=expected):
+        build()
+
+
 # ---- Every flag does something -------------------------------------------------------------------------------------
 
 
