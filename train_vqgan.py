@@ -25,6 +25,7 @@ reporting, start-up checks, entry.
 
 import argparse
 import difflib
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -1540,6 +1541,7 @@ def log_images(run):
         folder.mkdir(exist_ok=True)
         column = strips.permute(0, 2, 3, 1).flatten(0, 1).numpy()
         PIL.Image.fromarray(column).save(folder / f"step-{run.state.step}.png")
+    with keep_going("write to the trackers", Exception):
         for tracker in run.accelerator.trackers:
             shown = strips if tracker.name == "tensorboard" else strips.permute(0, 2, 3, 1)
             tracker.log_images({"validation": shown.numpy()}, step=run.state.step)
@@ -1549,7 +1551,7 @@ def log_images(run):
 def log_codes(run, counts):
     """A histogram on the trackers of how often each code is chosen; 1 is as often as if all were equally likely."""
     use = counts * (len(counts) / max(1, counts.sum().item()))
-    with keep_going("write to the trackers"):
+    with keep_going("write to the trackers", Exception):
         for tracker in run.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.writer.add_histogram("val/code_use", use, run.state.step)
@@ -2075,11 +2077,11 @@ def stderr_may_be_gone():
 
 
 @contextmanager
-def keep_going(what):
-    """Inside, a full or vanished disk costs a warning, not the run."""
+def keep_going(what, errors=WRITE_ERRORS):
+    """Inside, a full or vanished disk costs a warning, not the run. Trackers have errors of their own."""
     try:
         yield
-    except WRITE_ERRORS as error:
+    except errors as error:
         logger.warning(f"Could not {what}: {first_line(error)}")
 
 
@@ -2154,7 +2156,7 @@ def write_metrics(run, metrics, **protocol):
     if run.accelerator.is_main_process:
         with keep_going("write metrics"), open(Path(run.args.output_dir) / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": run.state.step} | metrics | protocol) + "\n")
-    with keep_going("write to the trackers"):
+    with keep_going("write to the trackers", Exception):
         run.accelerator.log(metrics, step=run.state.step)
 
 
@@ -2173,7 +2175,7 @@ def drop_abandoned(args, step):
     if read_best(best).get("step", 0) > step:
         shutil.rmtree(best)
     new = path.with_suffix(".new")
-    with user_error(f"--output_dir: cannot write to {args.output_dir}", OSError, "; make room"):
+    with user_error(f"--output_dir: cannot write to {args.output_dir}", OSError):
         new.write_text("".join(json.dumps(line) + "\n" for line in read_metrics(args) if line["step"] <= step))
         new.replace(path)
 
@@ -2391,7 +2393,7 @@ def start_accelerator(args):
     if not logger.handlers:
         logger.addHandler(TqdmHandler())
     logging.getLogger("timm").setLevel(logging.ERROR)
-    trackers = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, args.report_to)
+    trackers = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, [args.report_to])
     project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         chosen = os.environ.get(f"ACCELERATE_USE_{name}", "false") not in ("false", "0", "")
@@ -2403,6 +2405,9 @@ def start_accelerator(args):
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, log_with=trackers, project_config=project, kwargs_handlers=[ddp, patient]
     )
+    missing = " ".join(sorted(set(trackers or []) - set(map(str, accelerator.log_with))))
+    remedy = f"pip install {missing}, or --report_to none does without a tracker"
+    require(args.eval_only or not missing, f"--report_to {args.report_to}: {missing} is not installed; {remedy}")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     apart = f"{os.environ.get('WORLD_SIZE')} processes were launched, but each would train by itself"
     together = accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
@@ -2468,7 +2473,9 @@ def user_error(what, errors, hint=""):
     except UserError:
         raise
     except errors as error:
-        raise UserError(f"{what}: {first_line(error)}{hint}") from error
+        # safetensors says in words only that a disk is full
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        raise UserError(f"{what}: {first_line(error)}{'; make room' if full else ''}{hint}") from error
 
 
 def first_line(error):
@@ -2498,20 +2505,19 @@ def train(args):
         first = next(batches, None)
         if first is None or accelerator.num_processes > 1:  # data that cannot be read shows here
             stop_for_failure(watch)
-        on_main(accelerator, lambda: drop_abandoned(args, state.step))
-        tracker_options = {
-            "wandb": {"id": state.tracker_run, "resume": "allow", "dir": args.output_dir},
-            "tensorboard": {"purge_step": state.step + 1},
-        }
-        accelerator.init_trackers(args.tracker_project_name, public_config(run), tracker_options)
+        # A new run has none of these, and an empty metrics.jsonl would be taken for a run if the first step fails.
+        left = [output / "metrics.jsonl", output / "best"]
+        on_main(accelerator, lambda: any(path.exists() for path in left) and drop_abandoned(args, state.step))
+        on_main(accelerator, lambda: start_trackers(run))
         validated = train_loop(run, itertools.chain([first], batches))
     if not watch.stopping:
         on_main(accelerator, lambda: finish(run, validated, repository))
-    with keep_going("finish the trackers"):
-        for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
+    for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
+        with keep_going("finish the trackers", Exception):
             tracker.finish()
-    unsaved = f"--output_dir: the last checkpoint could not be saved in {output}; make room, and run the same command"
-    on_main(accelerator, lambda: require(watch.saved, f"{unsaved} again with --resume_from_checkpoint latest"))
+    accelerator.trackers.clear()  # end_training would finish them again
+    unsaved = f"--output_dir: the last checkpoint could not be saved in {output}, see above; the same command again"
+    on_main(accelerator, lambda: require(watch.saved, f"{unsaved} with --resume_from_checkpoint latest goes on"))
     stop_for_failure(watch)
     accelerator.end_training()
     if watch.stopping:
@@ -2519,10 +2525,23 @@ def train(args):
     return STOPPED if watch.stopping else 0
 
 
+def start_trackers(run):
+    """(main process) UserError when one cannot start, such as wandb without a key."""
+    args, config = run.args, public_config(run)
+    options = {
+        "wandb": {"id": run.state.tracker_run, "resume": "allow", "dir": args.output_dir},
+        "tensorboard": {"purge_step": run.state.step + 1},
+    }
+    what = f"--report_to {args.report_to}: the tracker does not start"
+    hint = "; wandb login or WANDB_MODE=offline mends a missing key, --report_to none does without a tracker"
+    with user_error(what, Exception, hint):  # trackers have errors of their own
+        run.accelerator.init_trackers(args.tracker_project_name, config, options)
+
+
 def finish(run, validated, repository):
     """(main process) Export the result, say how good it is, upload it."""
     output = Path(run.args.output_dir)
-    hint = "; make room, and run the same command again with --resume_from_checkpoint latest"
+    hint = "; the same command again with --resume_from_checkpoint latest goes on"
     with user_error(f"--output_dir: cannot write the result to {output}", WRITE_ERRORS, hint):
         export(run, output)
     logger.info(f"Exported {output / 'vqmodel'}")
@@ -2573,10 +2592,27 @@ def main(argv=None):
         if is_first_on_machine():  # on a line of its own, progress bar or not
             tqdm.write(f"train_vqgan.py: error: {message}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        advice = "lower --train_batch_size, raise --gradient_accumulation_steps, and leave --gradient_checkpointing on"
-        print(f"train_vqgan.py: error: out of GPU memory: {advice}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        message = known_failure(error)
+        if not message:
+            raise
+        if args.verbose:
+            traceback.print_exception(error)
+        tqdm.write(f"train_vqgan.py: error: {message}", file=sys.stderr)  # of any process: the first may be well
         return 2
+
+
+def known_failure(error):
+    """One line for want of memory or of a compiler, which shows anywhere; None for any other error."""
+    words = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words):
+        advice = "lower --train_batch_size, raise --gradient_accumulation_steps, and leave --gradient_checkpointing on"
+        return f"out of memory: {advice}"
+    import torch._inductor.exc as inductor  # slow, and loaded already when it has failed
+
+    if isinstance(error, (torch._dynamo.exc.BackendCompilerFailed, inductor.InvalidCxxCompiler)):
+        needed = "it needs a C++ compiler on CPUs, Triton and a C compiler on GPUs; install them, or leave it out"
+        return f"--torch_compile: {first_line(error)}; {needed}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from conftest import REPOSITORY, equal, metrics, weights
 
 import train_vqgan
@@ -465,6 +466,110 @@ def test_verbose_shows_the_error_behind_a_line(flags, at_step, tmp_path, capsys,
     assert ("Traceback" in said and "in export" in said and "NotADirectoryError" in said) == verbose
     assert ("Traceback" in said) == verbose
     assert said.splitlines()[-1].startswith("train_vqgan.py: error: --output_dir: cannot write the result to ")
+
+
+# ---- Failures at the start -----------------------------------------------------------------------------------------
+
+
+def failing(error):
+    """A function that raises `error`, whatever it is given."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB of which 1 MiB is free."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError("Unable to allocate 1. GiB for an array"),
+]
+
+
+@pytest.mark.parametrize("cause", OUT_OF_MEMORY, ids=lambda cause: str(cause)[:30])
+def test_out_of_memory_in_the_first_step(train, flags, at_step, capsys, cause):
+    """One line with the remedy, and the same command works with room. Red when main knows torch's exception only, or
+    when a fresh run writes an empty metrics.jsonl before its first step."""
+    at_step(1, failing(cause))
+    assert train_vqgan.main(flags) == 2
+    assert "train_vqgan.py: error: out of memory: lower --train_batch_size" in error_line(capsys)
+    at_step.actions.clear()
+    train()
+
+
+def test_memory_that_is_really_not_there(flags, at_step, capsys):
+    at_step(1, lambda _: torch.empty(10**14))
+    assert train_vqgan.main(flags) == 2
+    assert "out of memory" in error_line(capsys)
+
+
+def test_no_compiler(flags, tmp_path):
+    """--torch_compile without a C++ compiler. Red when main does not know the compiler's errors."""
+    environment = os.environ | {"PATH": str(tmp_path / "bin"), "CXX": str(tmp_path / "g++")}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, REPOSITORY / "train_vqgan.py", *flags]
+    result = subprocess.run([*command, "--torch_compile"], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (line,) = re.findall("train_vqgan.py: error: (.*)", result.stderr)
+    assert line.startswith("--torch_compile: InvalidCxxCompiler: No working C++ compiler") and "leave it out" in line
+    assert train_vqgan.main(flags) == 0, "without the flag the same command works"
+
+
+def test_wandb_without_a_key(train, flags, monkeypatch, capsys, tmp_path):
+    """Red when start_trackers does not catch the tracker's own errors."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert train_vqgan.main([*flags, "--report_to", "wandb"]) == 2
+    line = error_line(capsys)
+    assert "--report_to wandb: " in line and "No API key" in line and "--report_to none" in line
+    import wandb
+
+    wandb.teardown()  # another process would read this anew
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train("--report_to", "wandb")
+
+
+def test_tracker_that_is_not_installed(error, flags, monkeypatch, train):
+    """accelerate leaves it out with a warning. Red without the check in start_accelerator."""
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD])
+    for chosen in ("wandb", "all"):
+        line = error("--report_to", chosen)
+        assert f"--report_to {chosen}: wandb is not installed; pip install wandb" in line
+    train("--report_to", "tensorboard")
+
+
+@pytest.mark.parametrize("part", ["log", "log_images", "finish"])
+def test_tracker_that_fails_later_costs_a_warning(train, monkeypatch, caplog, photos, part):
+    """Red when keep_going is given no other errors there than a disk's, or end_training finishes the trackers again."""
+    monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{part}", failing(ValueError("the tracker's own")))
+    run = train("--report_to", "tensorboard", "--log_steps", "1", "--validation_images", str(photos / "0.png"))
+    assert "the trackers: the tracker's own" in caplog.text
+    assert (run / "vqmodel").is_dir() and [line["step"] for line in metrics(run)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "cause, full",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (train_vqgan.safetensors.SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (train_vqgan.safetensors.SafetensorError("I/O error: Input/output error (os error 5)"), False),
+    ],
+)
+def test_room_is_asked_for_where_it_is_missing(flags, monkeypatch, capsys, cause, full):
+    """Red when the remedy does not look at the cause."""
+    monkeypatch.setattr(train_vqgan, "export", failing(cause))
+    assert train_vqgan.main([*flags, "--checkpointing_steps", "0"]) == 2
+    line = error_line(capsys)
+    assert ("make room" in line) == full and "--resume_from_checkpoint latest" in line
+    assert train_vqgan.first_line(cause) in line
 
 
 # ---- Secrets -------------------------------------------------------------------------------------------------------

@@ -212,6 +212,16 @@ def test_one_error_line_from_two_processes(flags):
     assert result.stderr.count("train_vqgan.py: error: argument --train_data_dir: no such folder: nowhere") == 1
 
 
+def test_tracker_that_cannot_start_ends_both_processes(flags, tmp_path):
+    """One line, no waiting for each other. Red when the main process alone raises, without on_main."""
+    nothing = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    result = launch([SCRIPT, *flags, "--report_to", "wandb"], 2, **nothing)
+    assert result.returncode != 0
+    (line,) = re.findall("train_vqgan.py: error: (.*)", result.stderr)
+    assert line.startswith("--report_to wandb: the tracker does not start")
+    assert "stopping at the end of this step" not in result.stderr, "the launcher had to end the other"
+
+
 def test_the_readme_cifar10_command(tmp_path):
     """The README's line with a local data set of CIFAR-10's schema, the offline backbone and a step limit added."""
     import datasets
