@@ -1151,7 +1151,6 @@ def training_batches(items, args, seed, start, accelerator):
     if args.streaming:
         yield from streamed_batches(items, args, seed, start, rank, world, workers)
         return
-    handler = signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(
         SampleStream(items, args, seed),
         sampler=itertools.count(start + rank, world),
@@ -1159,15 +1158,27 @@ def training_batches(items, args, seed, start, accelerator):
         num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    batches = iter(loader)
-    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)  # torch's would raise anywhere, while saving too
+    child_died = getattr(signal, "SIGCHLD", None)  # Windows has none
+    handler = child_died and signal.getsignal(child_died)
+    again = "the same command with --resume_from_checkpoint latest goes on, with fewer workers if it happens again"
+    room = "give the container more shared memory (Docker: --shm-size 8g), or use --dataloader_num_workers 0"
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        why = f"data workers do not start, {first_line(error)}; if shared memory is full"
+        raise UserError(f"--dataloader_num_workers: {why}, {room}") from error
+    if child_died:
+        signal.signal(child_died, handler or signal.SIG_DFL)  # torch's would raise anywhere, while saving too
     try:
         yield from batches
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it hands a batch over
+        why = str(error).strip().splitlines()[-1:]  # a worker's own error comes with its traceback before it
+        crowded = isinstance(error, RuntimeError) and re.search(r"shared memory|</torch_\d+", "".join(why))
         died = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in str(error)
+        if crowded:
+            raise UserError(f"--dataloader_num_workers: {why[0]}; {room}; {again}") from error
         if not died:  # raised by a worker
             raise
-        again = "the same command with --resume_from_checkpoint latest goes on, with fewer workers if it happens again"
         raise UserError(f"--dataloader_num_workers: a data worker died, {first_line(error)}; {again}") from error
 
 
@@ -1330,7 +1341,7 @@ def load_split(args, split):
 
 
 def cores_per_process():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -2059,7 +2070,8 @@ def signals_noted(watch):
                 os.write(2, f"\n{signal.Signals(number).name}: stopping at the end of this step\n".encode())
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]  # on Windows
+    before = {number: signal.signal(number, note) for number in known}
     try:
         yield
     finally:

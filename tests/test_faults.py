@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -376,6 +377,78 @@ def test_killed_data_worker_ends_the_run_which_goes_on_later(train, flags, at_st
     train(*more, *RESUME)
     assert at_step.calls == [*range(1, 7)], "a step was taken twice"
     same_result(untouched, run)
+
+
+KILLED, AGAIN = "DataLoader worker (pid 12) is killed by signal: ", "--resume_from_checkpoint latest"
+BUS = "It is possible that dataloader's workers are out of shared memory. Please try to raise your shared memory limit."
+CAUGHT = (
+    "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\nRuntimeError: "
+)
+WORKER_FAILURES = {
+    "killed": (RuntimeError(f"{KILLED}Killed. "), ["a data worker died", AGAIN]),
+    "exited": (RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), ["a data worker died", AGAIN]),
+    "bus": (RuntimeError(f"{KILLED}Bus error. {BUS}"), ["--shm-size", "--dataloader_num_workers 0", AGAIN]),
+    "full": (
+        RuntimeError(f"{CAUGHT}unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device"),
+        ["--shm-size", "--dataloader_num_workers 0", AGAIN],
+    ),
+    "unwritable": (
+        RuntimeError("unable to write to file </torch_12_345_6>: No space left on device (28)"),
+        ["--shm-size", "--dataloader_num_workers 0", AGAIN],
+    ),
+    "reset": (ConnectionResetError(104, "Connection reset by peer"), ["a data worker died", AGAIN]),
+    "own": (RuntimeError(f"{CAUGHT}shapes do not match"), None),
+    "own words": (RuntimeError(f"{CAUGHT}ours".replace("Original", "# shared memory\nOriginal")), None),
+}
+
+
+@pytest.mark.parametrize("failure", WORKER_FAILURES)
+def test_failures_of_data_workers(flags, monkeypatch, failure):
+    """Those of the machine are one line with a remedy, a worker's own error is ours.
+
+    Red when training_batches looks for "out of shared memory" anywhere but in the last line, or not at all.
+    """
+    error, words = WORKER_FAILURES[failure]
+
+    class Loader:
+        def __init__(self, *_, **__):
+            pass
+
+        def __iter__(self):
+            yield "a batch"
+            raise error
+
+    monkeypatch.setattr(train_vqgan, "DataLoader", Loader)
+    args = train_vqgan.parse_args(flags)
+    batches = train_vqgan.training_batches([], args, 0, 0, train_vqgan.start_accelerator(args))
+    assert next(batches) == "a batch"
+    with pytest.raises(train_vqgan.UserError if words else RuntimeError) as caught:
+        next(batches)
+    if words:
+        assert str(caught.value).startswith("--dataloader_num_workers: ")
+        assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+        assert ("--shm-size" in str(caught.value)) == ("--shm-size" in words)
+    else:
+        assert caught.value is error
+
+
+@pytest.mark.parametrize("size", ["4k", "128k"])
+def test_small_shared_memory(flags, size, tmp_path):
+    """In a container with little of it: too little to start workers, or for the images. Red without either line."""
+    command = [sys.executable, str(REPOSITORY / "train_vqgan.py"), *flags, "--dataloader_num_workers", "2"]
+    command += ["--resolution", "128", "--train_batch_size", "4"]
+    shell = f"mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 77; exec {shlex.join(command)}"
+    try:
+        result = subprocess.run(["unshare", "-m", "sh", "-c", shell], capture_output=True, text=True, timeout=300)
+    except OSError:
+        pytest.skip("no unshare here")
+    if result.returncode in (1, 77) and "train_vqgan" not in result.stderr:
+        pytest.skip("mounting is not possible here; test_failures_of_data_workers has the messages")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (line,) = re.findall("train_vqgan.py: error: (.*)", result.stderr)
+    assert line.startswith("--dataloader_num_workers: ") and "No space left on device" in line
+    assert "--shm-size" in line and "--dataloader_num_workers 0" in line and "make room" not in line
+    assert train_vqgan.main(flags) == 0, "the same command works"
 
 
 # ---- Numbers that are not finite -----------------------------------------------------------------------------------
