@@ -1722,6 +1722,8 @@ def load_checkpoint(run, checkpoint, progress):
         remedy = "restore it, or start afresh in another --output_dir"
         require(was == now, f"--resume_from_checkpoint: {key} was {was} in {checkpoint} and is {now} now; {remedy}")
     state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+    if checkpoint.resolve().parent != Path(run.args.output_dir).resolve():  # a branch: another run on the tracker, too
+        state["tracker_run"] = run.state.tracker_run
     names = EXPORTED if state["ema"] else ("generator", "discriminator")
     run.state.load_state_dict(
         state | {"weights": {name: load_weights(checkpoint, name) for name in names}}, run.accelerator
