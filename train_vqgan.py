@@ -68,7 +68,13 @@ import torch.nn.functional as F
 import torchmetrics
 import torchmetrics.functional.image
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import VectorQuantizer
@@ -2409,16 +2415,25 @@ def start_accelerator(args):
     logging.getLogger("timm").setLevel(logging.ERROR)
     trackers = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, [args.report_to])
     project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        chosen = os.environ.get(f"ACCELERATE_USE_{name}", "false") not in ("false", "0", "")
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
+        chosen = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() not in ("false", "0", "")
         require(not chosen, f"accelerate config: {name} is not supported; use plain multi-GPU")
     compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
     require(not compiled, "accelerate config: torch dynamo is not supported there; choose no, and use --torch_compile")
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    known = precision in ("no", "fp16", "bf16")
+    require(known, f"accelerate config: precision {precision} is not supported; use --mixed_precision no, fp16 or bf16")
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # others wait while one downloads, saves or uploads
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, log_with=trackers, project_config=project, kwargs_handlers=[ddp, patient]
-    )
+    accumulation = GradientAccumulationPlugin(num_steps=1)  # the loop's own; accelerate's would divide the loss again
+    with user_error("accelerate config", (ImportError, ValueError)):  # what else it asks for and is not there
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            log_with=trackers,
+            project_config=project,
+            kwargs_handlers=[ddp, patient],
+            gradient_accumulation_plugin=accumulation,
+        )
     missing = " ".join(sorted(set(trackers or []) - set(map(str, accelerator.log_with))))
     remedy = f"pip install {missing}, or --report_to none does without a tracker"
     require(args.eval_only or not missing, f"--report_to {args.report_to}: {missing} is not installed; {remedy}")
@@ -2426,6 +2441,14 @@ def start_accelerator(args):
     apart = f"{os.environ.get('WORLD_SIZE')} processes were launched, but each would train by itself"
     together = accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     require(together, f"{apart}; on CPUs set ACCELERATE_USE_CPU=1")
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        tasks = os.environ.get(name, "1")
+        if accelerator.num_processes == 1 and tasks != "1":
+            lone = f"{name} is {tasks}, but this run has 1 process: {tasks} tasks would each train alone in the same"
+            logger.warning(f"{lone} directory; start one accelerate launch or torchrun per node instead")
+    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        more = "for several on CPUs: ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu"
+        logger.warning(f"The launcher prepared several processes but started 1; {more}")
     kind = accelerator.distributed_type
     plain = kind in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     require(plain, f"accelerate config: {kind.value} is not supported; use plain multi-GPU")

@@ -732,16 +732,86 @@ def test_fp16_scaler_serves_both_players(train, monkeypatch, tmp_path, caplog):
     assert scalers[1].get_scale() == scalers[0].get_scale()
 
 
-@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
-def test_untested_launch_modes_are_refused(error, monkeypatch, name):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    assert name in error()
+SAME, BF16 = "the same result", "--mixed_precision bf16: many times slower"
+ANSWERS = {
+    "cpu": ({"ACCELERATE_USE_CPU": "True"}, SAME),
+    "gpu ids": ({"CUDA_VISIBLE_DEVICES": "0"}, SAME),
+    "affinity": ({"ACCELERATE_CPU_AFFINITY": "1"}, SAME),
+    "debug": ({"ACCELERATE_DEBUG_MODE": "true"}, SAME),
+    "accumulation": ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, SAME),
+    "clipping": ({"ACCELERATE_GRADIENT_CLIPPING": "0.001"}, SAME),
+    "plain": ({"ACCELERATE_USE_FSDP": "False", "ACCELERATE_MIXED_PRECISION": "no"}, SAME),
+    "dynamo options": (
+        {
+            "ACCELERATE_DYNAMO_BACKEND": "NO",
+            "ACCELERATE_DYNAMO_MODE": "max-autotune",
+            "ACCELERATE_DYNAMO_USE_FULLGRAPH": "True",
+            "ACCELERATE_DYNAMO_USE_DYNAMIC": "True",
+            "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "True",
+        },
+        SAME,
+    ),
+    "bf16": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, BF16),
+    "fp16": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "--mixed_precision fp16: needs a GPU"),
+    "fp8": ({"ACCELERATE_MIXED_PRECISION": "fp8", "ACCELERATE_FP8_BACKEND": "TE"}, "precision fp8 is not supported"),
+    "dynamo": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "torch dynamo is not supported there; choose no, and use --"),
+    "deepspeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED is not supported"),
+    "fsdp": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP is not supported"),
+    "megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "MEGATRON_LM is not supported"),
+    "parallelism": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "PARALLELISM_CONFIG is not supported"),
+    "sagemaker": (
+        {"ACCELERATE_USE_SAGEMAKER": "true", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "DATA_PARALLEL"},
+        "SAGEMAKER is not supported",
+    ),
+    "processes apart": ({"WORLD_SIZE": "2"}, "2 processes were launched, but each"),
+    "not a value": ({"ACCELERATE_USE_CPU": "perhaps"}, "accelerate config: "),
+}
 
 
-def test_dynamo_of_accelerate_config_is_refused(error, monkeypatch):
-    """It would compile the whole generator, which does not trace. Red when nothing reads the launcher's choice."""
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    assert "accelerate config: torch dynamo" in error() and "--torch_compile" in error()
+@pytest.fixture
+def plain(train, kept):
+    """A run without any of these."""
+    run = kept.parent / "plain"
+    return run if run.exists() else train(*LONG, "--output_dir", str(run))
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_answers_of_accelerate_config(plain, train, flags, monkeypatch, caplog, capsys, answer):
+    """What `accelerate launch` sets for each answer is honoured, without effect, or refused in one line.
+
+    Red when accelerate divides the loss by its own number of accumulation steps, or fp8 trains and cannot be saved.
+    """
+    environment, expected = ANSWERS[answer]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if expected not in (SAME, BF16):
+        assert train_vqgan.main([*flags, *LONG]) == 2
+        assert expected in error_line(capsys)
+        return
+    run = train(*LONG)
+    if expected == SAME:
+        same_result(plain, run)
+    else:
+        assert BF16 in caplog.text and not equal(weights(plain), weights(run))
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"SLURM_NTASKS": "4"}, "SLURM_NTASKS is 4, but this run has 1 process"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but this run has 1 process"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "prepared several processes but started 1"),
+        ({"SLURM_NTASKS": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_tasks_that_would_train_alone_are_warned_of(flags, monkeypatch, caplog, environment, said):
+    """Red without the warnings of start_accelerator, or with one for a single task."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    train_vqgan.start_accelerator(train_vqgan.parse_args(flags))
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == (said is not None) and all(said in line for line in warned)
 
 
 def test_fp16_on_a_cpu_is_refused(error):
