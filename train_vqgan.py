@@ -62,6 +62,7 @@ import fsspec
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import psutil
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -2456,13 +2457,25 @@ def start_accelerator(args):
         require(accelerator.mixed_precision != "fp16", "--mixed_precision fp16: needs a GPU; use bf16 or no")
         if accelerator.mixed_precision == "bf16":
             logger.warning("--mixed_precision bf16: many times slower than no on CPUs without bf16 instructions")
-        if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            torch.set_num_threads(cores_per_process())  # the launcher set one thread because nobody chose
+        if os.environ.get("OMP_NUM_THREADS") == "1" and launcher_chose_threads():
+            torch.set_num_threads(cores_per_process())
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = args.allow_tf32
     return accelerator
+
+
+def launcher_chose_threads():
+    """Whether `accelerate launch` set its one thread because nobody had chosen; its own environment and flags say."""
+    launcher = psutil.Process().parent()
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or launcher is None:
+        return False
+    try:
+        given, words = launcher.environ(), " ".join(launcher.cmdline()).replace("-", "_")
+    except psutil.Error:  # it is gone, or somebody else's
+        return False
+    return "OMP_NUM_THREADS" not in given and "accelerate" in words and "__num_cpu_threads_per_process" not in words
 
 
 def claim_output_dir(accelerator, args):
