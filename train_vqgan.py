@@ -2079,8 +2079,9 @@ def signals_noted(watch):
                 os.write(2, f"\n{signal.Signals(number).name}: stopping at the end of this step\n".encode())
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    known = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]  # on Windows
-    before = {number: signal.signal(number, note) for number in known}
+    names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has two of them
+    noted = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, note) for number in noted}
     try:
         yield
     finally:
