@@ -25,6 +25,7 @@ reporting, start-up checks, entry.
 
 import argparse
 import difflib
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -64,13 +65,20 @@ import PIL.Image
 import PIL.ImageOps
 import PIL.PngImagePlugin
 import PIL.TiffImagePlugin
+import psutil
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchmetrics
 import torchmetrics.functional.image
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import VectorQuantizer
@@ -1286,7 +1294,6 @@ def training_batches(items, args, seed, start, accelerator, watch):
         yield from streamed_batches(items, args, seed, start, rank, world, workers, watch)
         return
     watch.pass_length = -(-len(items) // world)
-    handler = signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(
         SampleStream(items, args, seed),
         sampler=itertools.count(start + rank, world),
@@ -1295,15 +1302,27 @@ def training_batches(items, args, seed, start, accelerator, watch):
         num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    batches = iter(loader)
-    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)  # torch's would raise anywhere, while saving too
+    child_died = getattr(signal, "SIGCHLD", None)  # Windows has none
+    handler = child_died and signal.getsignal(child_died)
+    again = f"{GO_ON}, with fewer workers if it happens again"
+    room = "give the container more shared memory (Docker: --shm-size 8g), or use --dataloader_num_workers 0"
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        why = f"data workers do not start, {one_line(error)}; if shared memory is full"
+        raise UserError(f"--dataloader_num_workers: {why}, {room}") from error
+    if child_died:
+        signal.signal(child_died, handler or signal.SIG_DFL)  # torch's would raise anywhere, while saving too
     try:
         yield from batches
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it hands a batch over
+        why = str(error).strip().splitlines()[-1:]  # a worker's own error comes with its traceback before it
+        crowded = isinstance(error, RuntimeError) and re.search(r"shared memory|</torch_\d+", "".join(why))
         died = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in str(error)
+        if crowded:
+            raise UserError(f"--dataloader_num_workers: {why[0]}; {room}; {again}") from error
         if not died:  # raised by a worker
             raise
-        again = f"{GO_ON}, with fewer workers if it happens again"
         raise UserError(f"--dataloader_num_workers: a data worker died, {one_line(error)}; {again}") from error
 
 
@@ -1548,7 +1567,7 @@ def may_hold_images(feature):
 
 
 def cores_per_process():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -1782,6 +1801,7 @@ def log_images(run):
         folder.mkdir(exist_ok=True)
         column = strips.permute(0, 2, 3, 1).flatten(0, 1).numpy()
         PIL.Image.fromarray(column).save(folder / f"step-{run.state.step}.png")
+    with keep_going("write to the trackers", Exception):
         for tracker in run.accelerator.trackers:
             shown = strips if tracker.name == "tensorboard" else strips.permute(0, 2, 3, 1)
             tracker.log_images({"validation": shown.numpy()}, step=run.state.step)
@@ -1791,7 +1811,7 @@ def log_images(run):
 def log_codes(run, counts):
     """A histogram on the trackers of how often each code is chosen; 1 is as often as if all were equally likely."""
     use = counts * (len(counts) / max(1, counts.sum().item()))
-    with keep_going("write to the trackers"):
+    with keep_going("write to the trackers", Exception):
         for tracker in run.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.writer.add_histogram("val/code_use", use, run.state.step)
@@ -1966,6 +1986,8 @@ def load_checkpoint(run, checkpoint, progress):
         remedy = "restore it, or start afresh in another --output_dir"
         require(was == now, f"--resume_from_checkpoint: {key} was {was} in {checkpoint} and is {now} now; {remedy}")
     state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+    if checkpoint.resolve().parent != Path(run.args.output_dir).resolve():  # a branch: another run on the tracker, too
+        state["tracker_run"] = run.state.tracker_run
     names = EXPORTED if state["ema"] else ("generator", "discriminator")
     run.state.load_state_dict(
         state | {"weights": {name: load_weights(checkpoint, name) for name in names}}, run.accelerator
@@ -2345,7 +2367,9 @@ def signals_noted(watch):
                 os.write(2, f"\n{signal.Signals(number).name}: stopping at the end of this step\n".encode())
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has two of them
+    noted = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, note) for number in noted}
     try:
         yield
     finally:
@@ -2363,11 +2387,11 @@ def stderr_may_be_gone():
 
 
 @contextmanager
-def keep_going(what):
-    """Inside, a full or vanished disk costs a warning, not the run."""
+def keep_going(what, errors=WRITE_ERRORS):
+    """Inside, a full or vanished disk costs a warning, not the run. Trackers have errors of their own."""
     try:
         yield
-    except WRITE_ERRORS as error:
+    except errors as error:
         logger.warning(f"Could not {what}: {one_line(error)}")
 
 
@@ -2448,7 +2472,7 @@ def write_metrics(run, metrics, **protocol):
     if run.accelerator.is_main_process:
         with keep_going("write metrics"), open(Path(run.args.output_dir) / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": run.state.step} | metrics | protocol) + "\n")
-    with keep_going("write to the trackers"):
+    with keep_going("write to the trackers", Exception):
         run.accelerator.log(metrics, step=run.state.step)
 
 
@@ -2726,22 +2750,42 @@ def start_accelerator(args):
         logger.addHandler(TqdmHandler())
     RANGE_WARNED[0] = 0
     logging.getLogger("timm").setLevel(logging.ERROR)
-    trackers = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, args.report_to)
+    trackers = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, [args.report_to])
     project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        chosen = os.environ.get(f"ACCELERATE_USE_{name}", "false") not in ("false", "0", "")
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
+        chosen = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() not in ("false", "0", "")
         require(not chosen, f"accelerate config: {name} is not supported; use plain multi-GPU")
     compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
     require(not compiled, "accelerate config: torch dynamo is not supported there; choose no, and use --torch_compile")
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    known = precision in ("no", "fp16", "bf16")
+    require(known, f"accelerate config: precision {precision} is not supported; use --mixed_precision no, fp16 or bf16")
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # others wait while one downloads, saves or uploads
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, log_with=trackers, project_config=project, kwargs_handlers=[ddp, patient]
-    )
+    accumulation = GradientAccumulationPlugin(num_steps=1)  # the loop's own; accelerate's would divide the loss again
+    with user_error("accelerate config", (ImportError, ValueError)):  # what else it asks for and is not there
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            log_with=trackers,
+            project_config=project,
+            kwargs_handlers=[ddp, patient],
+            gradient_accumulation_plugin=accumulation,
+        )
+    missing = " ".join(sorted(set(trackers or []) - set(map(str, accelerator.log_with))))
+    remedy = f"pip install {missing}, or --report_to none does without a tracker"
+    require(args.eval_only or not missing, f"--report_to {args.report_to}: {missing} is not installed; {remedy}")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     apart = f"{os.environ.get('WORLD_SIZE')} processes were launched, but each would train by itself"
     together = accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
     require(together, f"{apart}; on CPUs set ACCELERATE_USE_CPU=1")
+    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        tasks = os.environ.get(name, "1")
+        if accelerator.num_processes == 1 and tasks != "1":
+            lone = f"{name} is {tasks}, but this run has 1 process: {tasks} tasks would each train alone in the same"
+            logger.warning(f"{lone} directory; start one accelerate launch or torchrun per node instead")
+    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        more = "for several on CPUs: ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu"
+        logger.warning(f"The launcher prepared several processes but started 1; {more}")
     kind = accelerator.distributed_type
     plain = kind in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
     require(plain, f"accelerate config: {kind.value} is not supported; use plain multi-GPU")
@@ -2749,8 +2793,8 @@ def start_accelerator(args):
         require(accelerator.mixed_precision != "fp16", "--mixed_precision fp16: needs a GPU; use bf16 or no")
         if accelerator.mixed_precision == "bf16":
             logger.warning("--mixed_precision bf16: many times slower than no on CPUs without bf16 instructions")
-        if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-            torch.set_num_threads(cores_per_process())  # the launcher set one thread because nobody chose
+        if os.environ.get("OMP_NUM_THREADS") == "1" and launcher_chose_threads():
+            torch.set_num_threads(cores_per_process())
     if accelerator.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
@@ -2758,10 +2802,23 @@ def start_accelerator(args):
     return accelerator
 
 
-def claim_output_dir(accelerator, args):
-    """(all processes) Make output_dir, lock it, finish what a killed run left; UserError when nodes do not share it.
+def launcher_chose_threads():
+    """Whether `accelerate launch` set its one thread because nobody had chosen; its own environment and flags say."""
+    launcher = psutil.Process().parent()
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or launcher is None:
+        return False
+    try:
+        given, words = launcher.environ(), " ".join(launcher.cmdline()).replace("-", "_")
+    except psutil.Error:  # it is gone, or somebody else's
+        return False
+    return "OMP_NUM_THREADS" not in given and "accelerate" in words and "__num_cpu_threads_per_process" not in words
 
-    Returns what keeps the lock.
+
+@contextmanager
+def claimed_output_dir(accelerator, args):
+    """(all processes) Inside, output_dir is there and no other run's; what a killed run left there is finished.
+
+    UserError when another run writes there, or when the nodes do not share it.
     """
     output, held = Path(args.output_dir), []
     token = broadcast_object_list([uuid.uuid4().hex])[0]
@@ -2770,18 +2827,23 @@ def claim_output_dir(accelerator, args):
         with user_error(f"--output_dir: cannot write to {output}", OSError):
             output.mkdir(parents=True, exist_ok=True)
             held.append(lock(output / ".lock", f"--output_dir: another run is writing to {output}; wait for it to end"))
-            held[0].truncate(0)
             held[0].write(token)
             held[0].flush()
             finish_interrupted(output)
 
-    on_main(accelerator, prepare)
-    here = bool(held)  # reading it, the main process would let go of the lock
-    with suppress(OSError):
-        here = here or (output / ".lock").read_text() == token
-    shared = all(gather_object([here]))
-    require(shared, f"--output_dir: {output} is not the same directory on every node; choose one that they share")
-    return held
+    try:
+        on_main(accelerator, prepare)
+        here = bool(held)  # reading it, the main process would let go of the lock
+        with suppress(OSError):
+            here = here or (output / ".lock").read_text() == token
+        shared = all(gather_object([here]))
+        require(shared, f"--output_dir: {output} is not the same directory on every node; choose one that they share")
+        yield
+    finally:
+        for file in held:
+            with suppress(OSError):
+                os.remove(file.name)
+            file.close()
 
 
 def lock(path, problem):
@@ -2794,10 +2856,13 @@ def lock(path, problem):
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            raise BlockingIOError  # removed by the run that had it while another one made it anew
     except (BlockingIOError, PermissionError) as error:  # EAGAIN or EACCES
         raise UserError(problem) from error
     except (ImportError, OSError):  # Windows, and file systems without locks
         logger.warning(f"{path.parent} cannot be locked: see to it that only one run at a time writes there")
+    file.truncate(0)  # of a killed run's
     return file
 
 
@@ -2828,7 +2893,9 @@ def user_error(what, errors, hint=""):
     except UserError:
         raise
     except errors as error:
-        raise UserError(f"{what}: {one_line(error)}{hint}") from error
+        # safetensors says in words only that a disk is full
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        raise UserError(f"{what}: {one_line(error)}{'; make room' if full else ''}{hint}") from error
 
 
 def one_line(error):
@@ -2847,7 +2914,11 @@ def is_first_on_machine():
 def train(args):
     """Exit status of a training run."""
     accelerator = start_accelerator(args)
-    held = claim_output_dir(accelerator, args)  # noqa: F841  until this function ends
+    with claimed_output_dir(accelerator, args):
+        return train_in_output_dir(accelerator, args)
+
+
+def train_in_output_dir(accelerator, args):
     run = Run(args, accelerator, *on_main(accelerator, lambda: find_checkpoint(args)))
     state, watch, output = run.state, run.watch, Path(args.output_dir)
     repository = on_main(accelerator, lambda: create_repository(args)) if args.push_to_hub else None
@@ -2860,19 +2931,16 @@ def train(args):
         if first is None or accelerator.num_processes > 1:  # data that cannot be read shows here
             stop_for_failure(watch)
         on_main(accelerator, lambda: drop_abandoned(run))
-        tracker_options = {
-            "wandb": {"id": state.tracker_run, "resume": "allow", "dir": args.output_dir},
-            "tensorboard": {"purge_step": state.step + 1},
-        }
-        accelerator.init_trackers(args.tracker_project_name, public_config(run), tracker_options)
+        on_main(accelerator, lambda: start_trackers(run))
         validated = train_loop(run, itertools.chain([first], batches))
     if not watch.stopping:
         on_main(accelerator, lambda: finish(run, validated, repository))
-    with keep_going("finish the trackers"):
-        for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
+    for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
+        with keep_going("finish the trackers", Exception):
             tracker.finish()
-    unsaved = f"--output_dir: the last checkpoint could not be saved in {output}; make room, and run the same command"
-    on_main(accelerator, lambda: require(watch.saved, f"{unsaved} again with --resume_from_checkpoint latest"))
+    accelerator.trackers.clear()  # end_training would finish them again
+    unsaved = f"--output_dir: the last checkpoint could not be saved in {output}, see above; {GO_ON}"
+    on_main(accelerator, lambda: require(watch.saved, unsaved))
     stop_for_failure(watch)
     accelerator.end_training()
     if watch.stopping:
@@ -2880,10 +2948,23 @@ def train(args):
     return STOPPED if watch.stopping else 0
 
 
+def start_trackers(run):
+    """(main process) UserError when one cannot start, such as wandb without a key."""
+    args, config = run.args, public_config(run)
+    options = {
+        "wandb": {"id": run.state.tracker_run, "resume": "allow", "dir": args.output_dir},
+        "tensorboard": {"purge_step": run.state.step + 1},
+    }
+    what = f"--report_to {args.report_to}: the tracker does not start"
+    hint = "; wandb login or WANDB_MODE=offline mends a missing key, --report_to none does without a tracker"
+    with user_error(what, Exception, hint):  # trackers have errors of their own
+        run.accelerator.init_trackers(args.tracker_project_name, config, options)
+
+
 def finish(run, validated, repository):
     """(main process) Export the result, say how good it is, upload it."""
     output = Path(run.args.output_dir)
-    hint = "; make room, and run the same command again with --resume_from_checkpoint latest"
+    hint = f"; {GO_ON}"
     with user_error(f"--output_dir: cannot write the result to {output}", WRITE_ERRORS, hint):
         export(run, output)
     logger.info(f"Exported {output / 'vqmodel'}")
@@ -2934,10 +3015,27 @@ def main(argv=None):
         if is_first_on_machine():  # on a line of its own, progress bar or not
             tqdm.write(f"train_vqgan.py: error: {message}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        advice = "lower --train_batch_size, raise --gradient_accumulation_steps, and leave --gradient_checkpointing on"
-        print(f"train_vqgan.py: error: out of GPU memory: {advice}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        message = known_failure(error)
+        if not message:
+            raise
+        if args.verbose:
+            traceback.print_exception(error)
+        tqdm.write(f"train_vqgan.py: error: {message}", file=sys.stderr)  # of any process: the first may be well
         return 2
+
+
+def known_failure(error):
+    """One line for want of memory or of a compiler, which shows anywhere; None for any other error."""
+    words = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words):
+        advice = "lower --train_batch_size, raise --gradient_accumulation_steps, and leave --gradient_checkpointing on"
+        return f"out of memory: {advice}"
+    import torch._inductor.exc as inductor  # slow, and loaded already when it has failed
+
+    if isinstance(error, (torch._dynamo.exc.BackendCompilerFailed, inductor.InvalidCxxCompiler)):
+        needed = "it needs a C++ compiler on CPUs, Triton and a C compiler on GPUs; install them, or leave it out"
+        return f"--torch_compile: {one_line(error)}; {needed}"
 
 
 if __name__ == "__main__":

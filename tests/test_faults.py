@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from conftest import REPOSITORY, equal, metrics, weights
 
 import train_vqgan
@@ -277,15 +279,19 @@ def test_no_whole_checkpoint_and_a_damaged_one_by_name(flags, copied, capsys):
 
 
 def test_going_back_needs_the_later_checkpoints_out_of_the_way(train, flags, capsys, whole, copied):
+    """Red when a branch takes over the tracker's run of what it began from, or a continuation does not."""
     named = ["--resume_from_checkpoint", str(copied / "checkpoint-2")]
     assert train_vqgan.main([*flags, *LONG, *named]) == 2
     assert f"{copied / 'checkpoint-4'}, {copied / 'checkpoint-6'}" in error_line(capsys)
     other = train(*LONG, *named, "--output_dir", f"{copied}-other")
     assert min(line["step"] for line in metrics(other)) == 3, "it began at the one that was named"
+    ids = [torch.load(run / "checkpoint-6" / "training.pt")["tracker_run"] for run in (whole, copied, other)]
+    assert ids[0] == ids[1] != ids[2], "a branch is another run on the tracker"
     for step in (4, 6):
         os.rename(copied / f"checkpoint-{step}", copied / f"moved-{step}")
     train(*LONG, *named)
     same_result(whole, copied)
+    assert torch.load(copied / "checkpoint-6" / "training.pt")["tracker_run"] == ids[0]
 
 
 def of_the_last_version(checkpoint):
@@ -321,7 +327,7 @@ def test_checkpoint_of_an_older_version_is_refused(flags, copied, capsys, made_o
     made_old(copied / "checkpoint-6")
 
     def content():
-        return {path: path.is_file() and path.read_bytes() for path in copied.rglob("*") if path.name != ".lock"}
+        return {path: path.is_file() and path.read_bytes() for path in copied.rglob("*")}
 
     before = content()
     named = which if which == "latest" else str(copied / which)
@@ -375,6 +381,78 @@ def test_killed_data_worker_ends_the_run_which_goes_on_later(train, flags, at_st
     train(*more, *RESUME)
     assert at_step.calls == [*range(1, 7)], "a step was taken twice"
     same_result(untouched, run)
+
+
+KILLED, AGAIN = "DataLoader worker (pid 12) is killed by signal: ", "--resume_from_checkpoint latest"
+BUS = "It is possible that dataloader's workers are out of shared memory. Please try to raise your shared memory limit."
+CAUGHT = (
+    "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\nRuntimeError: "
+)
+WORKER_FAILURES = {
+    "killed": (RuntimeError(f"{KILLED}Killed. "), ["a data worker died", AGAIN]),
+    "exited": (RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), ["a data worker died", AGAIN]),
+    "bus": (RuntimeError(f"{KILLED}Bus error. {BUS}"), ["--shm-size", "--dataloader_num_workers 0", AGAIN]),
+    "full": (
+        RuntimeError(f"{CAUGHT}unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device"),
+        ["--shm-size", "--dataloader_num_workers 0", AGAIN],
+    ),
+    "unwritable": (
+        RuntimeError("unable to write to file </torch_12_345_6>: No space left on device (28)"),
+        ["--shm-size", "--dataloader_num_workers 0", AGAIN],
+    ),
+    "reset": (ConnectionResetError(104, "Connection reset by peer"), ["a data worker died", AGAIN]),
+    "own": (RuntimeError(f"{CAUGHT}shapes do not match"), None),
+    "own words": (RuntimeError(f"{CAUGHT}ours".replace("Original", "# shared memory\nOriginal")), None),
+}
+
+
+@pytest.mark.parametrize("failure", WORKER_FAILURES)
+def test_failures_of_data_workers(flags, monkeypatch, failure):
+    """Those of the machine are one line with a remedy, a worker's own error is ours.
+
+    Red when training_batches looks for "out of shared memory" anywhere but in the last line, or not at all.
+    """
+    error, words = WORKER_FAILURES[failure]
+
+    class Loader:
+        def __init__(self, *_, **__):
+            pass
+
+        def __iter__(self):
+            yield "a batch"
+            raise error
+
+    monkeypatch.setattr(train_vqgan, "DataLoader", Loader)
+    args = train_vqgan.parse_args(flags)
+    batches = train_vqgan.training_batches([], args, 0, 0, train_vqgan.start_accelerator(args))
+    assert next(batches) == "a batch"
+    with pytest.raises(train_vqgan.UserError if words else RuntimeError) as caught:
+        next(batches)
+    if words:
+        assert str(caught.value).startswith("--dataloader_num_workers: ")
+        assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+        assert ("--shm-size" in str(caught.value)) == ("--shm-size" in words)
+    else:
+        assert caught.value is error
+
+
+@pytest.mark.parametrize("size", ["4k", "128k"])
+def test_small_shared_memory(flags, size, tmp_path):
+    """In a container with little of it: too little to start workers, or for the images. Red without either line."""
+    command = [sys.executable, str(REPOSITORY / "train_vqgan.py"), *flags, "--dataloader_num_workers", "2"]
+    command += ["--resolution", "128", "--train_batch_size", "4"]
+    shell = f"mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 77; exec {shlex.join(command)}"
+    try:
+        result = subprocess.run(["unshare", "-m", "sh", "-c", shell], capture_output=True, text=True, timeout=300)
+    except OSError:
+        pytest.skip("no unshare here")
+    if result.returncode in (1, 77) and "train_vqgan" not in result.stderr:
+        pytest.skip("mounting is not possible here; test_failures_of_data_workers has the messages")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (line,) = re.findall("train_vqgan.py: error: (.*)", result.stderr)
+    assert line.startswith("--dataloader_num_workers: ") and "No space left on device" in line
+    assert "--shm-size" in line and "--dataloader_num_workers 0" in line and "make room" not in line
+    assert train_vqgan.main(flags) == 0, "the same command works"
 
 
 # ---- Numbers that are not finite -----------------------------------------------------------------------------------
@@ -467,6 +545,110 @@ def test_verbose_shows_the_error_behind_a_line(flags, at_step, tmp_path, capsys,
     assert said.splitlines()[-1].startswith("train_vqgan.py: error: --output_dir: cannot write the result to ")
 
 
+# ---- Failures at the start -----------------------------------------------------------------------------------------
+
+
+def failing(error):
+    """A function that raises `error`, whatever it is given."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB of which 1 MiB is free."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    MemoryError("Unable to allocate 1. GiB for an array"),
+]
+
+
+@pytest.mark.parametrize("cause", OUT_OF_MEMORY, ids=lambda cause: str(cause)[:30])
+def test_out_of_memory_in_the_first_step(train, flags, at_step, capsys, cause):
+    """One line with the remedy, and the same command works with room. Red when main knows torch's exception only, or
+    when a fresh run writes an empty metrics.jsonl before its first step."""
+    at_step(1, failing(cause))
+    assert train_vqgan.main(flags) == 2
+    assert "train_vqgan.py: error: out of memory: lower --train_batch_size" in error_line(capsys)
+    at_step.actions.clear()
+    train()
+
+
+def test_memory_that_is_really_not_there(flags, at_step, capsys):
+    at_step(1, lambda _: torch.empty(10**14))
+    assert train_vqgan.main(flags) == 2
+    assert "out of memory" in error_line(capsys)
+
+
+def test_no_compiler(flags, tmp_path):
+    """--torch_compile without a C++ compiler. Red when main does not know the compiler's errors."""
+    environment = os.environ | {"PATH": str(tmp_path / "bin"), "CXX": str(tmp_path / "g++")}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, REPOSITORY / "train_vqgan.py", *flags]
+    result = subprocess.run([*command, "--torch_compile"], env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (line,) = re.findall("train_vqgan.py: error: (.*)", result.stderr)
+    assert line.startswith("--torch_compile: InvalidCxxCompiler: No working C++ compiler") and "leave it out" in line
+    assert train_vqgan.main(flags) == 0, "without the flag the same command works"
+
+
+def test_wandb_without_a_key(train, flags, monkeypatch, capsys, tmp_path):
+    """Red when start_trackers does not catch the tracker's own errors."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert train_vqgan.main([*flags, "--report_to", "wandb"]) == 2
+    line = error_line(capsys)
+    assert "--report_to wandb: " in line and "No API key" in line and "--report_to none" in line
+    import wandb
+
+    wandb.teardown()  # another process would read this anew
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train("--report_to", "wandb")
+
+
+def test_tracker_that_is_not_installed(error, flags, monkeypatch, train):
+    """accelerate leaves it out with a warning. Red without the check in start_accelerator."""
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD])
+    for chosen in ("wandb", "all"):
+        line = error("--report_to", chosen)
+        assert f"--report_to {chosen}: wandb is not installed; pip install wandb" in line
+    train("--report_to", "tensorboard")
+
+
+@pytest.mark.parametrize("part", ["log", "log_images", "finish"])
+def test_tracker_that_fails_later_costs_a_warning(train, monkeypatch, caplog, photos, part):
+    """Red when keep_going is given no other errors there than a disk's, or end_training finishes the trackers again."""
+    monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{part}", failing(ValueError("the tracker's own")))
+    run = train("--report_to", "tensorboard", "--log_steps", "1", "--validation_images", str(photos / "0.png"))
+    assert "the trackers: the tracker's own" in caplog.text
+    assert (run / "vqmodel").is_dir() and [line["step"] for line in metrics(run)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "cause, full",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (train_vqgan.safetensors.SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (train_vqgan.safetensors.SafetensorError("I/O error: Input/output error (os error 5)"), False),
+    ],
+)
+def test_room_is_asked_for_where_it_is_missing(flags, monkeypatch, capsys, cause, full):
+    """Red when the remedy does not look at the cause."""
+    monkeypatch.setattr(train_vqgan, "export", failing(cause))
+    assert train_vqgan.main([*flags, "--checkpointing_steps", "0"]) == 2
+    line = error_line(capsys)
+    assert ("make room" in line) == full and "--resume_from_checkpoint latest" in line
+    assert train_vqgan.first_line(cause) in line
+
+
 # ---- Secrets -------------------------------------------------------------------------------------------------------
 
 NO_HUB = """
@@ -550,16 +732,86 @@ def test_fp16_scaler_serves_both_players(train, monkeypatch, tmp_path, caplog):
     assert scalers[1].get_scale() == scalers[0].get_scale()
 
 
-@pytest.mark.parametrize("name", ["DEEPSPEED", "FSDP"])
-def test_untested_launch_modes_are_refused(error, monkeypatch, name):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    assert name in error()
+SAME, BF16 = "the same result", "--mixed_precision bf16: many times slower"
+ANSWERS = {
+    "cpu": ({"ACCELERATE_USE_CPU": "True"}, SAME),
+    "gpu ids": ({"CUDA_VISIBLE_DEVICES": "0"}, SAME),
+    "affinity": ({"ACCELERATE_CPU_AFFINITY": "1"}, SAME),
+    "debug": ({"ACCELERATE_DEBUG_MODE": "true"}, SAME),
+    "accumulation": ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, SAME),
+    "clipping": ({"ACCELERATE_GRADIENT_CLIPPING": "0.001"}, SAME),
+    "plain": ({"ACCELERATE_USE_FSDP": "False", "ACCELERATE_MIXED_PRECISION": "no"}, SAME),
+    "dynamo options": (
+        {
+            "ACCELERATE_DYNAMO_BACKEND": "NO",
+            "ACCELERATE_DYNAMO_MODE": "max-autotune",
+            "ACCELERATE_DYNAMO_USE_FULLGRAPH": "True",
+            "ACCELERATE_DYNAMO_USE_DYNAMIC": "True",
+            "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "True",
+        },
+        SAME,
+    ),
+    "bf16": ({"ACCELERATE_MIXED_PRECISION": "bf16"}, BF16),
+    "fp16": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "--mixed_precision fp16: needs a GPU"),
+    "fp8": ({"ACCELERATE_MIXED_PRECISION": "fp8", "ACCELERATE_FP8_BACKEND": "TE"}, "precision fp8 is not supported"),
+    "dynamo": ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "torch dynamo is not supported there; choose no, and use --"),
+    "deepspeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED is not supported"),
+    "fsdp": ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP is not supported"),
+    "megatron": ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "MEGATRON_LM is not supported"),
+    "parallelism": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "PARALLELISM_CONFIG is not supported"),
+    "sagemaker": (
+        {"ACCELERATE_USE_SAGEMAKER": "true", "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "DATA_PARALLEL"},
+        "SAGEMAKER is not supported",
+    ),
+    "processes apart": ({"WORLD_SIZE": "2"}, "2 processes were launched, but each"),
+    "not a value": ({"ACCELERATE_USE_CPU": "perhaps"}, "accelerate config: "),
+}
 
 
-def test_dynamo_of_accelerate_config_is_refused(error, monkeypatch):
-    """It would compile the whole generator, which does not trace. Red when nothing reads the launcher's choice."""
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
-    assert "accelerate config: torch dynamo" in error() and "--torch_compile" in error()
+@pytest.fixture
+def plain(train, kept):
+    """A run without any of these."""
+    run = kept.parent / "plain"
+    return run if run.exists() else train(*LONG, "--output_dir", str(run))
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_answers_of_accelerate_config(plain, train, flags, monkeypatch, caplog, capsys, answer):
+    """What `accelerate launch` sets for each answer is honoured, without effect, or refused in one line.
+
+    Red when accelerate divides the loss by its own number of accumulation steps, or fp8 trains and cannot be saved.
+    """
+    environment, expected = ANSWERS[answer]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if expected not in (SAME, BF16):
+        assert train_vqgan.main([*flags, *LONG]) == 2
+        assert expected in error_line(capsys)
+        return
+    run = train(*LONG)
+    if expected == SAME:
+        same_result(plain, run)
+    else:
+        assert BF16 in caplog.text and not equal(weights(plain), weights(run))
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"SLURM_NTASKS": "4"}, "SLURM_NTASKS is 4, but this run has 1 process"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2, but this run has 1 process"),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "prepared several processes but started 1"),
+        ({"SLURM_NTASKS": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_tasks_that_would_train_alone_are_warned_of(flags, monkeypatch, caplog, environment, said):
+    """Red without the warnings of start_accelerator, or with one for a single task."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    train_vqgan.start_accelerator(train_vqgan.parse_args(flags))
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == (said is not None) and all(said in line for line in warned)
 
 
 def test_fp16_on_a_cpu_is_refused(error):
@@ -612,8 +864,9 @@ def test_two_runs_do_not_write_one_directory(train, flags, capsys):
     finally:
         other.kill()
         other.wait()
-    assert (output / ".lock").exists()
+    assert (output / ".lock").exists(), "what is left of the killed run"
     train()
+    assert not (output / ".lock").exists()
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])

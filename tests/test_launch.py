@@ -1,7 +1,10 @@
 """Through `accelerate launch`, in one process and in several."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -210,6 +213,40 @@ def test_one_error_line_from_two_processes(flags):
     result = launch([SCRIPT, *flags, "--train_data_dir", "nowhere"], 2)
     assert result.returncode != 0
     assert result.stderr.count("train_vqgan.py: error: argument --train_data_dir: no such folder: nowhere") == 1
+
+
+def test_tracker_that_cannot_start_ends_both_processes(flags, tmp_path):
+    """One line. Red when start_trackers does not catch the tracker's own errors."""
+    nothing = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    result = launch([SCRIPT, *flags, "--report_to", "wandb"], 2, **nothing)
+    assert result.returncode != 0
+    (line,) = re.findall("train_vqgan.py: error: (.*)", result.stderr)
+    assert line.startswith("--report_to wandb: the tracker does not start")
+
+
+@pytest.mark.parametrize(
+    "options, environment, chosen",
+    [
+        ([], {}, None),
+        ([], {"OMP_NUM_THREADS": "1"}, 1),
+        (["--num_cpu_threads_per_process", "1"], {}, 1),
+        (["--num-cpu-threads-per-process=1"], {}, 1),
+    ],
+)
+def test_threads_that_the_user_chose(flags, tmp_path, options, environment, chosen):
+    """`accelerate launch` sets one where nobody chose. Red when launcher_chose_threads does not ask the launcher."""
+    cores = train_vqgan.cores_per_process()
+    if cores == 1:
+        pytest.skip("one core")
+    (tmp_path / "threads.py").write_text(
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\nimport torch, train_vqgan\n"
+        "train_vqgan.start_accelerator(train_vqgan.parse_args())\nprint('threads', torch.get_num_threads())"
+    )
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(tmp_path / "threads.py"), *flags]
+    environment = inherited | {"ACCELERATE_USE_CPU": "1"} | environment
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.stdout.split()[-2:] == ["threads", str(chosen or cores)], result.stderr[-2000:]
 
 
 def test_the_readme_cifar10_command(tmp_path):

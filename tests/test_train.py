@@ -894,3 +894,38 @@ def test_waiting_threads_let_go():
     for asked, expected in (({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
         command = [sys.executable, "-c", code]
         assert subprocess.check_output(command, text=True, cwd=REPOSITORY, env=clean | asked).strip() == expected
+
+
+AS_ON_WINDOWS = """
+import multiprocessing, os, signal, sys
+from torch.utils.data._utils import signal_handling
+signal_handling.IS_WINDOWS = True  # torch asks for no SIGCHLD there
+del signal.SIGCHLD, signal.SIGUSR1, os.sched_getaffinity
+sys.path.insert(0, {repository!r})
+import train_vqgan
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    sys.exit(train_vqgan.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["folder", "dataset"])
+def test_without_what_only_unix_has(train, flags, photos, tmp_path, data):
+    """No SIGCHLD, SIGUSR1 or affinity, and data workers that get everything pickled: the same weights as without them.
+
+    Red when training_batches or signals_noted name a signal that is missing, or what workers get does not pickle.
+    """
+    (tmp_path / "script.py").write_text(AS_ON_WINDOWS.format(repository=str(REPOSITORY)))
+    if data == "dataset":
+        import datasets
+
+        images = [str(path) for path in sorted(photos.iterdir())]
+        table = datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image())
+        table.save_to_disk(tmp_path / "data")
+        flags = [*without(flags, "--train_data_dir"), "--dataset_name", str(tmp_path / "data")]
+    command = [sys.executable, tmp_path / "script.py", *flags, "--dataloader_num_workers", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert train_vqgan.main([*flags, "--output_dir", str(tmp_path / "here")]) == 0
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "here"))
