@@ -88,7 +88,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 
@@ -1076,6 +1076,12 @@ def compile_networks(generator, discriminator, perceptual, args):
 
 def decodable_suffixes():
     """Of the formats that Pillow decodes by itself: no stubs, none that needs another program, no cursors."""
+    with suppress(ImportError):  # plugins for HEIC and JPEG XL, where they are installed
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    with suppress(ImportError):
+        import pillow_jxl  # noqa: F401
     PIL.Image.init()
     openable = PIL.Image.OPEN.keys() | {"MPO"}  # MPO is opened as JPEG
     openable -= {"BUFR", "CUR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MIC", "MPEG", "WMF"}
@@ -1281,7 +1287,7 @@ class SampleStream(Dataset):
 def collate(samples):
     """A micro-batch, and the faults of its images' own items."""
     images, faults = zip(*samples)
-    return torch.stack(images), faults
+    return default_collate(images), faults  # straight into shared memory: a worker that has none left says so
 
 
 def training_batches(items, args, seed, start, accelerator, watch):
@@ -2260,13 +2266,15 @@ class Averages:
         return {name: totals[name] / counts[name] for name in totals if counts[name]}
 
     def state_dict(self, accelerator):
-        """(all processes) Sums of all processes together."""
-        return {"|".join(names): accelerator.reduce(row, "sum") for names, row in self.sums.items()}
+        """(all processes) Sums of each process: added up in another order they would be rounded otherwise."""
+        return {"|".join(names): accelerator.gather(row.unsqueeze(0)) for names, row in self.sums.items()}
 
     def load_state_dict(self, state, accelerator):
-        """The first process carries them on."""
-        share = 1 if accelerator.is_main_process else 0
-        self.sums = {tuple(names.split("|")): row.to(accelerator.device) * share for names, row in state.items()}
+        """Each process carries its own on; as many as before or not, they add up to the same."""
+        rank, world = accelerator.process_index, accelerator.num_processes
+        for names, rows in state.items():
+            own = rows[rank] if len(rows) == world else rows.sum(0) * (rank == 0)
+            self.sums[tuple(names.split("|"))] = own.to(accelerator.device)
 
 
 class Watch:

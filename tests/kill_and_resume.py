@@ -1,11 +1,13 @@
 """Kill a run with SIGKILL at random moments, repeat the same command, compare with a run that nobody touched.
 
     python tests/kill_and_resume.py --moments 20
+    python tests/kill_and_resume.py --moments 20 --processes 2
 
 Prints the table of moments; exit status 0 when generator, discriminator, EMA, the exported model and metrics (all but
 speed/) are bit-identical. Every fourth kill waits until a checkpoint is being written. The processes are forked from
 one that has imported the script, because importing takes longer than training here; each is a process of its own and
-really killed.
+really killed. Nothing is killed before its first checkpoint: results without one are not gone on with. With --processes
+the run is one of several gloo processes, and all of them are killed.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -47,6 +50,7 @@ def arguments(folder):
         *("--timm_model_backend", "tf_efficientnet_lite0", "--timm_model_layers", "0,1"),
         *("--timm_model_weights", "random", "--dataloader_num_workers", "2", "--seed", "0"),
         *("--discriminator_start", "10", "--discriminator_warmup", "10", "--codebook_restart_steps", "7"),
+        *("--lecam_weight", "0.1"),
         *("--max_train_steps", str(STEPS), "--log_steps", "2", "--checkpointing_steps", "3"),
         *("--validation_steps", "5", "--validation_images", str(folder / "photos" / "0.png")),
         *("--validation_fraction", "0.3", "--lpips_weights", "none"),
@@ -54,8 +58,12 @@ def arguments(folder):
     ]
 
 
-def child(flags, log):
+def child(flags, log, rank, world, port):
     os.setsid()
+    if world > 1:
+        several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": 1}
+        os.environ.update({name: str(value) for name, value in several.items()})
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1), os.dup2(handle, 2)
     torch.set_num_threads(1)
@@ -67,11 +75,16 @@ def steps_logged(run):
     return path.read_text().count('"loss/total"') if path.exists() else 0
 
 
-def moment(run, process, rng, saving):
-    """Wait for a random moment of this process, kill it, say when it was; None when it had finished by then."""
-    start, first = time.monotonic(), steps_logged(run)
+def moment(run, processes, rng, saving):
+    """Wait for a random moment of these processes, kill them, say when it was; None when they had finished by then."""
+    start, first, process = time.monotonic(), steps_logged(run), processes[0]
     target = rng.randint(0, 4)
-    while process.is_alive() and (time.monotonic() - start < 0.3 or steps_logged(run) < first + target):
+
+    def too_early():
+        young = time.monotonic() - start < 0.3 or steps_logged(run) < first + target
+        return young or not train_vqgan.checkpoints(run)
+
+    while process.is_alive() and too_early():
         time.sleep(0.002)
     while process.is_alive():
         while saving and process.is_alive() and not list(run.glob("unfinished-*")):
@@ -86,9 +99,10 @@ def moment(run, process, rng, saving):
     if not process.is_alive():
         return None
     step, since = steps_logged(run), time.monotonic() - start
-    os.killpg(process.pid, signal.SIGKILL)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    for process in processes:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     newest = [path.name for path in train_vqgan.checkpoints(run)][-1:]
     return step, since, " ".join(left) or "-", " ".join(newest) or "none"
 
@@ -96,6 +110,7 @@ def moment(run, process, rng, saving):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, fork = random.Random(options.seed), multiprocessing.get_context("fork")
@@ -104,28 +119,37 @@ def main():
         flags = arguments(folder)
 
         def start(name):
-            process = fork.Process(target=child, args=([*flags, "--output_dir", str(folder / name)], folder / "log"))
-            process.start()
-            return process
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            arguments = [*flags, "--output_dir", str(folder / name)], folder / "log"
+            world = options.processes
+            processes = [fork.Process(target=child, args=(*arguments, rank, world, port)) for rank in range(world)]
+            for process in processes:
+                process.start()
+            return processes
 
-        untouched = start("untouched")
-        untouched.join()
-        assert untouched.exitcode == 0, (folder / "log").read_text()[-3000:]
+        def finish(processes):
+            for process in processes:
+                process.join()
+                assert process.exitcode == 0, (folder / "log").read_text()[-3000:]
+
+        finish(start("untouched"))
+        recorded = json.loads((folder / "untouched" / f"checkpoint-{STEPS}" / "progress.json").read_text())
+        assert recorded["processes"] == options.processes
         killed, saves, run = 0, 0, folder / "killed"
         print(f"{'kill':>4} {'steps logged':>12} {'seconds':>8}  {'newest whole checkpoint':24} being written")
         while killed < options.moments:
-            process = start("killed")
-            found = moment(run, process, rng, saving=killed % 4 == 3)
+            processes = start("killed")
+            found = moment(run, processes, rng, saving=killed % 4 == 3)
             if found is None:  # finished: from its first checkpoints again
-                assert process.exitcode == 0, (folder / "log").read_text()[-3000:]
+                finish(processes)
                 compare(folder / "untouched", run)
                 shutil.rmtree(run)
                 continue
             killed, saves = killed + 1, saves + (found[2] != "-")
             print(f"{killed:4} {found[0]:12} {found[1]:8.2f}  {found[3]:24} {found[2]}", flush=True)
-        last = start("killed")
-        last.join()
-        assert last.exitcode == 0, (folder / "log").read_text()[-3000:]
+        finish(start("killed"))
         compare(folder / "untouched", run)
         assert saves or options.moments < 4, "no kill hit a checkpoint being written"
         print(f"{killed} kills, {saves} of them while a checkpoint was being written: bit-identical")

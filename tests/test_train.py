@@ -397,7 +397,7 @@ def test_latest_starts_afresh_on_an_empty_directory(train):
 def test_parsing_leaves_a_run_alone(finished, flags, monkeypatch, tmp_path):
     """What a kill left is cleaned up by the run, not by reading its flags; a mistake in them makes no folder either.
 
-    Red when parse_args calls claim_output_dir or finish_interrupted.
+    Red when parse_args calls claimed_output_dir or finish_interrupted.
     """
     (finished / "unfinished-checkpoint-9").mkdir()
     (finished / "unfinished-old-checkpoint-3").mkdir()
