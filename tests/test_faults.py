@@ -649,7 +649,7 @@ def test_room_is_asked_for_where_it_is_missing(flags, monkeypatch, capsys, cause
     assert train_vqgan.main([*flags, "--checkpointing_steps", "0"]) == 2
     line = error_line(capsys)
     assert ("make room" in line) == full and "--resume_from_checkpoint latest" in line
-    assert train_vqgan.first_line(cause) in line
+    assert train_vqgan.one_line(cause) in line
 
 
 # ---- Secrets -------------------------------------------------------------------------------------------------------
