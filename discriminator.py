@@ -1,5 +1,6 @@
 # Copyright 2026 the contributors. Licensed under the Apache License, Version 2.0; see LICENSE.
-"""The networks that judge images: a patch discriminator, and frozen timm backbones for perceptual distances.
+"""The networks that judge images: a patch discriminator, one on pretrained features, and the frozen timm backbones that
+give those, for perceptual distances, too.
 
 Nothing here knows the training script's flags. What a caller can mend is raised as ValueError.
 """
@@ -111,12 +112,162 @@ class Discriminator(ModelMixin, ConfigMixin):
         """Smallest image side in pixels: two convolutions of stride 1 take one pixel each, or norms need 2 x 2."""
         return 2**self.config.depth * (2 if self.config.blur_pool else 3)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, samples: torch.Tensor | None = None) -> torch.Tensor:
         """Images [batch, in_channels, height, width] in [-1, 1] -> logits [batch, 1, h, w], positive ones say real.
 
-        h = height / 2^depth with blur_pool, else height / 2^depth - 2.
+        h = height / 2^depth with blur_pool, else height / 2^depth - 2. `samples` is for FeatureDiscriminator.
         """
         return self.layers(x)
+
+
+# ---- Feature discriminator -------------------------------------------------------------------------------------------
+
+
+class FeatureDiscriminator(ModelMixin, ConfigMixin):
+    """Light heads on the feature maps of a frozen timm backbone (Sauer et al. 2021, https://arxiv.org/abs/2111.01007).
+
+    Real and fake images are augmented alike before the backbone sees them (Zhao et al. 2020,
+    https://arxiv.org/abs/2006.10738), so that the heads cannot learn the training images by heart. Saved are the heads;
+    what rebuilds the backbone stands in the config. It is no registered part of the module: `parameters`, `state_dict`,
+    `train` and DDP see the heads alone.
+
+    Args:
+        backbone: timm model with feature maps, such as the stages of a CNN or the blocks of a ViT.
+        backbone_weights: "hub", a local file, the name of an installed package that ships one, or "random".
+        layers: names or numbers of its stages, separated by | or commas; all of them but pooling layers without it.
+        input_size: side in pixels that images are resized to, antialiased; without it they enter as they are, or at the
+            backbone's own size where that is fixed.
+        hidden_channels: channels inside each head.
+        norm_num_groups: groups of each GroupNorm.
+        augmentation: any of "translation", "color" and "cutout", separated by commas; "" for none.
+
+    Raises ValueError for a backbone, weights, layers or an augmentation that are not there.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        backbone: str = "tf_efficientnet_lite0",
+        backbone_weights: str = "hub",
+        layers: str | None = None,
+        input_size: int | None = None,
+        hidden_channels: int = 64,
+        norm_num_groups: int = 8,
+        augmentation: str = "translation,color",
+    ):
+        super().__init__()
+        if hidden_channels % norm_num_groups:
+            raise ValueError(f"{hidden_channels} channels are not divisible by norm_num_groups {norm_num_groups}")
+        self.augmentations = [name.strip() for name in augmentation.split(",") if name.strip()]
+        unknown = sorted(set(self.augmentations) - set(AUGMENTATIONS))
+        if unknown:
+            raise ValueError(f"no augmentation {', '.join(unknown)}; there are {', '.join(AUGMENTATIONS)}")
+        self.stages = choose_stages(backbone, layers)
+        with torch.random.fork_rng(devices=[]):
+            shape = timm.create_model(backbone, features_only=True, out_indices=self.stages).feature_info
+        self.strides, heads = shape.reduction(), []
+        for channels in shape.channels():
+            heads.append(
+                nn.Sequential(
+                    nn.Conv2d(channels, hidden_channels, 1),
+                    nn.GroupNorm(norm_num_groups, hidden_channels),
+                    nn.LeakyReLU(0.2),
+                    nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1),
+                    nn.GroupNorm(norm_num_groups, hidden_channels),
+                    nn.LeakyReLU(0.2),
+                    nn.Conv2d(hidden_channels, 1, 1),
+                )
+            )
+        self.heads = nn.ModuleList(heads)
+        if not self.heads[0][0].weight.is_meta:  # where diffusers loads, weights cannot be read yet
+            self.load_features()
+
+    def load_features(self):
+        """Build the backbone. Random weights are the same each time."""
+        config = self.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            features = TimmFeatures(config.backbone, self.stages, config.backbone_weights, resolution=config.input_size)
+        if config.input_size and features.size is None:
+            features.size = (config.input_size, config.input_size)
+        weight = self.heads[0][0].weight
+        object.__setattr__(self, "features", features.to(weight.device, weight.dtype))
+
+    @classmethod
+    def from_pretrained(cls, *places, **options):
+        model = super().from_pretrained(*places, **options)
+        model.load_features()
+        return model
+
+    def _apply(self, function, recurse=True):
+        """What `.to()` and its like do, for the backbone, too."""
+        if "features" in self.__dict__:
+            self.features._apply(function, recurse)
+        return super()._apply(function, recurse)
+
+    @property
+    def min_resolution(self):
+        """Smallest image side in pixels: a place in every feature map."""
+        return 1 if self.features.size else max(self.strides)
+
+    def forward(self, x: torch.Tensor, samples: torch.Tensor | None = None) -> torch.Tensor:
+        """Images [batch, 3, height, width] in [-1, 1] -> logits [batch, places of all maps], positive ones say real.
+
+        samples: number of each image in the stream of training images, [batch]; the augmentation follows from it alone.
+        Without them nothing is augmented.
+        """
+        if samples is not None:
+            for i, name in enumerate(self.augmentations):
+                x = AUGMENTATIONS[name](x, uniform(samples, i))
+        maps = self.features(x)
+        return torch.cat([head(f).flatten(1) for head, f in zip(self.heads, maps)], dim=1)
+
+
+def uniform(samples, i):
+    """Four numbers in [0, 1) for each of `samples` [batch], the `i`-th such set: [4, batch, 1, 1, 1].
+
+    By splitmix64's mixing of bits (Steele et al. 2014), on the device.
+    """
+    place = torch.arange(4, device=samples.device).unsqueeze(1) + 4 * i
+    h = (samples * 64 + place) * -7046029254386353131
+    h = (h ^ (h >> 30 & 0x3FFFFFFFF)) * -4658895280553007687
+    h = (h ^ (h >> 27 & 0x1FFFFFFFFF)) * -7723592293110705685
+    h = (h ^ (h >> 31)) & 0xFFFFFF
+    return (h.to(torch.get_default_dtype()) / 2**24).reshape(4, -1, 1, 1, 1)
+
+
+def translated(x, u):
+    """Moved by up to an eighth of the sides; zeros come in."""
+    sides = x.shape[2:]
+    steps = [side // 8 for side in sides]
+    moved = [(u[i] * (2 * step + 1)).long().flatten() for i, step in enumerate(steps)]
+    rows, columns = (torch.arange(side, device=x.device) + by.unsqueeze(1) for side, by in zip(sides, moved))
+    padded = F.pad(x, [steps[1], steps[1], steps[0], steps[0]]).permute(0, 2, 3, 1)
+    batch = torch.arange(len(x), device=x.device)
+    return padded[batch[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def recoloured(x, u):
+    """Brightness, saturation and contrast."""
+    u = u.to(x.dtype)
+    x = x + u[0] - 0.5
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * 2 * u[1]
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (x - mean) * (u[2] + 0.5)
+
+
+def cut_out(x, u):
+    """A rectangle of half the sides becomes zero."""
+    inside = torch.ones_like(x[:, :1], dtype=torch.bool)
+    for axis, place in ((2, u[0]), (3, u[1])):
+        side = x.shape[axis]
+        at = torch.arange(side, device=x.device).reshape([-1 if dim == axis else 1 for dim in range(4)])
+        inside = inside & ((at - place * side).abs() < side / 4)
+    return x.masked_fill(inside, 0)
+
+
+AUGMENTATIONS = {"translation": translated, "color": recoloured, "cutout": cut_out}
 
 
 # ---- Frozen timm backbones -------------------------------------------------------------------------------------------

