@@ -137,7 +137,7 @@ def build_parser():
     add("--resolution", fixed=True, type=number(int, 8), default=256, help="side of the training images, in pixels; the short side is resized, then cropped")
     add("--center_crop", fixed=True, action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", fixed=True, action="store_true", help="mirror half of the images")
-    add("--value_range", fixed=True, type=number(float), nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white in images of 16-bit, 32-bit or float values (default: by format, the lowest and highest its bits hold, and 0 and 1 for floats)")
+    add("--value_range", fixed=True, type=number(float), nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white in grey images of 16-bit, 32-bit or float values; a PGM's are first scaled to 65535 (default: by format, the lowest and highest its bits hold, and 0 and 1 for floats)")
     add("--pixel_range", fixed=True, choices=["signed", "unit"], default="signed", help="what the model takes and gives: [-1, 1] as diffusers expects, or [0, 1]")
     add("--max_bad_fraction", type=number(float, 0, 1), default=0.5, help="stop when more than this part of the training images cannot be read; others take the place of those few that cannot")
     add("--dataloader_num_workers", type=count, help="processes that load images, per training process (default: one per core, at most 8)")
@@ -845,6 +845,8 @@ class Run:
             self.evaluator = None
             if held_out is not None:
                 self.evaluator = Evaluator(accelerator, held_out, perceptual, args, self.seed)
+        none_left = "--save_best: no image is left to hold out; name some with --validation_data_dir"
+        require(self.evaluator or not args.save_best, none_left)
         n_images = None if args.streaming else len(self.items)
         self.schedule = Schedule(args, self.images_per_step, n_images, progress)
         self.state = TrainingState(generator, discriminator, self.schedule, args, accelerator)
@@ -1201,6 +1203,8 @@ def to_8_bits(image, value_range=None):
             values = values.view(np.uint32)  # Pillow has signed ones only
         ends += [float(end.reduce(values, axis=None)) for end in (np.fmin, np.fmax)]
         grey[top : top + rows] = ((np.fmin(np.fmax(values, low), high) - low) * 255 / (high - low)).round()
+    if image.format == "TIFF" and image.tag_v2.get(PIL.TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        grey = 255 - grey  # white is zero there, as in X-ray scans; Pillow sees to 8 bits only
     fits = low <= min(ends) and max(ends) <= high and max(ends) - min(ends) >= (high - low) / 8
     if not (value_range or fits or RANGE_WARNED[0]):
         RANGE_WARNED[0] = 1
@@ -1270,7 +1274,8 @@ class ShuffledSlice:
 def describe_fault(item, index, error):
     """Which image it was, and what is wrong with it."""
     name = item if isinstance(item, (Path, str)) else (item or {}).get("path") or f"number {index}"
-    return f"{name}: {one_line(error)}"
+    why = re.sub(r" <_io\.BytesIO object at \w+>", "", one_line(error))  # another one each time
+    return f"{str(name)[:200]}: {why[:500]}"
 
 
 def random_numbers_of_sample(g, seed):
@@ -1296,14 +1301,14 @@ class SampleStream(Dataset):
 
         In the place of an unreadable image others are drawn: its neighbours are likely to be as bad.
         """
-        index, fault = self.index(g), None
-        replacements = random_numbers_of_sample(g, self.seed + 1)
+        index, fault, replacements = self.index(g), None, None
         for _ in range(100):
             try:
                 return augment(self.items[index], random_numbers_of_sample(g, self.seed), self.args), fault
             except Unreadable as error:
                 last = describe_fault(self.items[index], index, error)
             fault = fault or last
+            replacements = replacements or random_numbers_of_sample(g, self.seed + 1)
             index = replacements.randrange(len(self.items))
         raise UserError(f"a hundred training images, drawn at random, cannot be read; the last one: {last}")
 
@@ -1437,8 +1442,14 @@ def held_out_batches(items, n, args, rank, world):
     the readable ones, and the faults of the others.
     """
     if isinstance(items, datasets.IterableDataset):
-        stream = enumerate(itertools.islice(items, n))
-        numbered = ((i, row[args.image_column]) for i, row in stream if i % world == rank)
+
+        def rows():
+            with user_error(f"--validation_split: {args.validation_split} of {args.dataset_name} broke off", Exception):
+                for i, row in enumerate(itertools.islice(items, n)):
+                    if i % world == rank:
+                        yield i, row[args.image_column]
+
+        numbered = rows()
     else:
         numbered = ((i, items[i]) for i in range(rank, n, world))
 
@@ -1505,10 +1516,11 @@ def identity_of_files(files):
 def list_files(folder, args):
     """(sorted pairs (name below `folder`, bytes), what was left out, with counts). Links are followed.
 
-    Left out are hidden files and folders, as `datasets` does, and what this run writes there.
+    Left out are hidden files and folders, as `datasets` does, what runs write there, and held-out images.
     """
     output = Path(args.output_dir)
     own = {os.path.realpath(output / name) for name in ("", "validation", "wandb", args.logging_dir)}
+    own |= {os.path.realpath(path) for path in (args.save_reconstructions, args.validation_data_dir) if path}
     found, visited, left_out = [], set(), Counter()
 
     def not_entered(error):
@@ -1516,8 +1528,10 @@ def list_files(folder, args):
 
     for root, folders, names in os.walk(folder, followlinks=True, onerror=not_entered):
         place = os.path.realpath(root)
-        if place in visited or (place in own and root != folder):
-            folders.clear()  # a link back, or results
+        results = place in own or "metrics.jsonl" in names
+        if place in visited or (results and root != folder):
+            left_out["folders that hold results or held-out images"] += results
+            folders.clear()  # or a link back
             continue
         visited.add(place)
         shown = [name for name in folders if not name.startswith(HIDDEN_FOLDERS)]
@@ -1555,13 +1569,25 @@ def load_split(args, split):
     name, path, column = args.dataset_name, Path(args.dataset_name), args.image_column
     flag = "--dataset_name" if split == "train" else "--validation_split"
     options = {"split": split, "cache_dir": args.cache_dir, "streaming": args.streaming}
+    require(not path.is_file(), f"{flag}: {name} is a file; give the folder that holds it")
+    if path.exists():
+        name = os.path.abspath(name)  # such as "."
+        odd = not path.is_dir() or re.search(r"[][*?]|::", name)
+        require(not odd, f"{flag}: datasets takes {name} for a pattern; rename the folder, or link to it")
+        inside = Path(args.output_dir).resolve().is_relative_to(path.resolve()) and not args.eval_only
+        require(not inside, f"--output_dir: it lies inside {name}, where datasets would take results for data")
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     configuration = f"--dataset_config_name: {name} was saved by save_to_disk, which keeps no configurations"
     require(not (saved and args.dataset_config_name), configuration)
-    hint = "; --dataset_config_name chooses a configuration"
+    absent = "; there is no such local directory, and the Hub did not give it: check the name and the network"
     if not path.exists():
-        hint += "; there is no such local directory, and the Hub did not give it: check the name and the network"
         logger.info(f"Contacting the Hugging Face Hub for data set {name}")
+
+    def hint(error):
+        if "config" in str(error).lower():
+            return "; --dataset_config_name chooses a configuration"
+        return "" if path.exists() else absent
+
     with user_error(f"{flag}: cannot read the {split} split of {name}", Exception, hint):  # formats have their own
         if saved:
             dataset = datasets.load_from_disk(name)
@@ -1571,6 +1597,7 @@ def load_split(args, split):
         else:
             dataset = datasets.load_dataset(name, args.dataset_config_name, **options)
     files = list_files(name, args)[0] if path.is_dir() else []
+    files = [(file, size) for file, size in files if Path(file).suffix not in (".md", ".db")]  # notes are no data
     identity = identity_of_files(files) if files else f"{name} {sorted(dataset.info.download_checksums or {})}"
     features = dataset.features or {}
     images = [key for key, feature in features.items() if may_hold_images(feature)]
@@ -1704,13 +1731,20 @@ class Evaluator:
         rank, world = accelerator.process_index, accelerator.num_processes
         batches = held_out_batches(self.items, self.n, args, rank, world)
         while True:
-            numbers, images, faults = next(batches, (None, None, []))
+            failure = None
+            try:
+                numbers, images, faults = next(batches, (None, None, []))
+            except UserError as error:
+                numbers, images, faults, failure = None, None, [], str(error)
             # Agreed between two batches: a whole evaluation can take longer than a launcher waits after a signal.
-            ahead = gather_object([(watch.signal, numbers is not None)])
-            if any(number for number, _ in ahead):
-                watch.stopping = True
+            ahead = gather_object([(watch.signal, numbers is not None, failure)])
+            watch.stopping = watch.stopping or any(number for number, _, _ in ahead)
+            failures = [failure for _, _, failure in ahead if failure]
+            if watch.stopping or failures:
+                for failure in failures[:1]:
+                    logger.warning(f"This validation is left out: {failure}")
                 return {}, counts
-            if not any(more for _, more in ahead):
+            if not any(more for _, more, _ in ahead):
                 break
             for fault in set(faults) - self.reported:
                 logger.error(f"Skipped an unreadable held-out image: {fault}")
@@ -1739,9 +1773,10 @@ class Evaluator:
         """uint8 batches as --save_reconstructions/NAME/N.png."""
         for name, batch in batches.items():
             folder = Path(self.args.save_reconstructions) / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for i, image in zip(numbers, batch):
-                PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:06d}.png")
+            with user_error("--save_reconstructions", OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                for i, image in zip(numbers, batch):
+                    PIL.Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:06d}.png")
 
     def score(self, images, rounded):
         """Means over uint8 images and reconstructions [batch, 3, height, width]; updates the Frechet sums."""
@@ -1767,7 +1802,7 @@ class Evaluator:
         return {
             "weights": weights,
             "data": portable(source) if args.validation_data_dir else f"{portable(source)}, {part}",
-            "sample": f"the first {self.n}" if self.streamed else f"{self.n} drawn with seed 0",
+            "sample": f"the first {self.n or 'to the last'}" if self.streamed else f"{self.n} drawn with seed 0",
             "resolution": args.resolution,
             "crop": "centre, side as the short one, resized by torch (bicubic, antialiased)",
             "rounding": "reconstructions clipped and rounded to 8 bits",
@@ -2338,7 +2373,7 @@ class Watch:
             return
         found = f"{faulty:.0f} of {read:.0f} training images cannot be read"
         if faulty > run.args.max_bad_fraction * read and not self.failure:
-            self.failure, self.stopping = UserError(f"--max_bad_fraction: {found}; {GO_ON}"), True
+            self.failure, self.stopping = UserError(f"--max_bad_fraction: {found}; raise it, or start anew"), True
         elif faulty > 0.01 * read and "data" not in self.warned:
             logger.warning(f"{found}; others take their place, and the run stops at --max_bad_fraction")
             self.warned.add("data")
@@ -2545,10 +2580,12 @@ def public_config(run):
 
 def portable(value):
     """A local path as it reads elsewhere: from the repository on, or its last part. Anything else as it is."""
-    if not isinstance(value, str) or os.sep not in value or not os.path.exists(value):
+    if not isinstance(value, str):
         return value
-    path = Path(value).resolve()
-    return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else path.name
+    if os.sep in value and os.path.exists(value):
+        path = Path(value).resolve()
+        value = str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else path.name
+    return value.encode("utf-8", "backslashreplace").decode()  # names on old disks
 
 
 def versions():
@@ -2570,8 +2607,9 @@ def log_gradient_shares(run, x, lam):
     shares = {name: norm / (sum(norms.values()) or 1) for name, norm in norms.items()}
     logger.info("Gradient at x_hat: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
     for name, share in shares.items():
-        if share > 0.9 and len(shares) > 1:
-            logger.warning(f"{name} makes up {share:.0%} of the gradient at x_hat; consider a lower --{name}_weight")
+        if share > 0.995 and len(shares) > 1:  # 98 % did no harm, 99.5 % cost 0.8 dB, see benchmarks/README.md
+            remedy = f"the others hardly count; try --{name}_weight {getattr(run.args, f'{name}_weight') / 10:.2g}"
+            logger.warning(f"{name} makes up {share:.1%} of the gradient at x_hat: {remedy}")
 
 
 def log_setup(run):
@@ -2919,20 +2957,25 @@ def require(condition, message):
 
 @contextmanager
 def user_error(what, errors, hint=""):
-    """`errors` inside are the user's to mend: one line, `what: why, hint`. --verbose shows where they came from."""
+    """`errors` inside are the user's to mend: one line, `what: why, hint`. --verbose shows where they came from.
+
+    hint: text, or a function that makes it of the error.
+    """
     try:
         yield
     except UserError:
         raise
     except errors as error:
+        hint = hint(error) if callable(hint) else hint
         # safetensors says in words only that a disk is full
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
         raise UserError(f"{what}: {one_line(error)}{'; make room' if full else ''}{hint}") from error
 
 
 def one_line(error):
-    """What an error says, its later lines too: they often hold the remedy."""
-    return " ".join(str(error).split())[:500] or type(error).__name__
+    """What an error says, its later lines and its cause, too: they often hold the remedy."""
+    cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
+    return (" ".join(str(error).split())[:500] or type(error).__name__) + cause
 
 
 def is_first_on_machine():

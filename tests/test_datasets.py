@@ -459,3 +459,69 @@ def test_errors_of_datasets_keep_the_line_that_helps(tmp_path):
 def test_saved_dataset_has_no_configurations(local):
     """Red when the flag is ignored."""
     assert "--dataset_config_name" in refused(*local["dataset"], "--dataset_config_name", "plain_text")
+
+
+@pytest.mark.parametrize("where", ["run", "."])
+def test_results_inside_a_local_dataset_are_refused(error, tmp_path, no_folder, where):
+    """`datasets` takes validation/step-2.png for a split. Red when the two paths are not compared."""
+    plain(1).save(tmp_path / "1.png")
+    message = error("--dataset_name", str(tmp_path), "--output_dir", str(tmp_path / where))
+    assert "--output_dir: it lies inside" in message
+
+
+def test_results_of_other_runs_and_held_out_images_are_no_training_data(tmp_path, caplog):
+    """Red when only this run's own folder is left out, or a folder of held-out images is trained on."""
+    for name in ("1.png", "old/validation/step-1.png", "held/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        plain(1).save(tmp_path / name)
+    (tmp_path / "old" / "metrics.jsonl").touch()
+    with caplog.at_level("INFO", "train_vqgan"):
+        found = [*items("--train_data_dir", tmp_path, "--validation_data_dir", tmp_path / "held")]
+    assert [path.name for path in found] == ["1.png"] and "2 folders that hold results or held-out" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "[a]", "a::b"])
+def test_names_that_datasets_takes_for_something_else(tmp_path, name):
+    """Red when `datasets` is asked: "doesn't contain any data files"."""
+    if name.endswith("parquet"):
+        make_dataset().to_parquet(tmp_path / name)
+    else:
+        (tmp_path / name).mkdir()
+        plain(1).save(tmp_path / name / "1.png")
+    message = refused("--dataset_name", tmp_path / name)
+    assert "is a file; give the folder" in message or "rename the folder" in message
+
+
+def test_notes_beside_a_local_dataset_do_not_change_it(tmp_path):
+    """Red when every file below the folder is part of its identity."""
+    make_dataset().to_parquet(tmp_path / "train.parquet")
+    flags = ("--dataset_name", tmp_path, "--cache_dir", tmp_path.parent / "cache")
+    before = train_vqgan.load_data(parsed(*flags), 0)[2]
+    (tmp_path / "README.md").write_text("notes")
+    assert train_vqgan.load_data(parsed(*flags), 0)[2] == before
+    make_dataset().to_parquet(tmp_path / "train-2.parquet")
+    assert train_vqgan.load_data(parsed(*flags), 0)[2] != before
+
+
+@pytest.mark.parametrize("kind", ["bytes", "long name"])
+def test_fault_of_an_image_is_one_short_line_once(tmp_path, caplog, kind):
+    """Each of two broken rows in seven passes. Red when the address of its bytes is in it, or the name is not cut."""
+    bad = b"no image" if kind == "bytes" else {"bytes": b"no image", "path": "x" * 5000}
+    batches(*rows_with(tmp_path, 10, bad, 30, bad), n=14)
+    said = [record.message for record in caplog.records]
+    assert len(said) == (2 if kind == "bytes" else 1) and all(
+        len(line) < 400 and "BytesIO" not in line for line in said
+    )
+
+
+def test_held_out_stream_that_breaks_off_costs_that_validation(no_folder, train, tmp_path, caplog):
+    """Training goes on, and is saved. Red when the error gets through: all since the last checkpoint was lost."""
+    (tmp_path / "data").mkdir()
+    make_dataset().to_parquet(tmp_path / "data" / "train.parquet")
+    make_dataset().to_parquet(tmp_path / "data" / "validation.parquet")
+    held_out = tmp_path / "data" / "validation.parquet"
+    held_out.write_bytes(held_out.read_bytes()[:300])
+    flags = ("--dataset_name", str(tmp_path / "data"), "--streaming", "--validation_split", "validation")
+    run = train(*flags, "--cache_dir", str(tmp_path / "cache"), "--checkpointing_steps", "2")
+    assert "This validation is left out: --validation_split: validation of" in caplog.text
+    assert (run / "checkpoint-2").is_dir() and (run / "vqmodel").is_dir()

@@ -538,3 +538,14 @@ def test_eval_only_wants_to_know_which_images(flags, capsys):
     with pytest.raises(SystemExit):
         train_vqgan.parse_args([*flags, "--eval_only", "--pretrained_model_name_or_path", "x"])
     assert "--seed" in capsys.readouterr().err
+
+
+def test_reconstructions_that_cannot_be_written(train, photos, capsys):
+    """Red when the error of the file system gets through."""
+    run = train("--checkpointing_steps", "0")
+    capsys.readouterr()
+    more = ["--eval_only", "--pretrained_model_name_or_path", str(run), "--validation_data_dir", str(photos)]
+    more += ["--resolution", "16", "--lpips_weights", "none", "--perceptual_weight", "0"]
+    assert train_vqgan.main([*more, "--save_reconstructions", str(photos / "0.png")]) == 2
+    said = capsys.readouterr().err
+    assert "error: --save_reconstructions: " in said and "Traceback" not in said

@@ -597,3 +597,16 @@ def test_unreadable_validation_image(error, tmp_path, photos):
     (tmp_path / "bad.png").write_text("no image")
     message = error("--validation_images", str(photos / "0.png"), str(tmp_path / "bad.png"))
     assert "--validation_images" in message and str(tmp_path / "bad.png") in message
+
+
+def test_white_is_zero_in_scans(tmp_path):
+    """The same ramp in 8 bits, which Pillow turns, in 16 and in floats. Red when the last two come out as negatives."""
+    ramp, found = np.linspace(0, 1, 64 * 64).reshape(64, 64), []
+    for values in ((ramp * 255).astype(np.uint8), (ramp * 65535).astype(np.uint16), ramp.astype(np.float32)):
+        PIL.Image.fromarray(values).save(tmp_path / "scan.tif", tiffinfo={262: 0})
+        with PIL.Image.open(tmp_path / "scan.tif") as image:
+            assert image.tag_v2[262] == 0
+        found.append(np.asarray(train_vqgan.read_image(tmp_path / "scan.tif", parsed())).astype(int))
+    assert found[0][0, 0].tolist() in ([255] * 3, [0] * 3)
+    assert all(np.abs(other - found[1]).max() <= 1 for other in found[2:])
+    assert found[1][0, 0, 0] == 255 and found[1][-1, -1, 0] == 0

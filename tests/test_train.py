@@ -142,7 +142,7 @@ def test_dominating_term_is_warned_of(train, caplog):
     """Red when log_gradient_shares only logs."""
     with caplog.at_level(logging.WARNING, "train_vqgan"):
         train("--perceptual_weight", "1000")
-    assert "perceptual makes up 100% of the gradient" in caplog.text
+    assert "perceptual makes up 100.0% of the gradient" in caplog.text and "--perceptual_weight 1e+02" in caplog.text
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb", "all"])
