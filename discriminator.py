@@ -112,10 +112,10 @@ class Discriminator(ModelMixin, ConfigMixin):
         """Smallest image side in pixels: two convolutions of stride 1 take one pixel each, or norms need 2 x 2."""
         return 2**self.config.depth * (2 if self.config.blur_pool else 3)
 
-    def forward(self, x: torch.Tensor, samples: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [batch, in_channels, height, width] in [-1, 1] -> logits [batch, 1, h, w], positive ones say real.
 
-        h = height / 2^depth with blur_pool, else height / 2^depth - 2. `samples` is for FeatureDiscriminator.
+        h = height / 2^depth with blur_pool, else height / 2^depth - 2.
         """
         return self.layers(x)
 
@@ -195,9 +195,11 @@ class FeatureDiscriminator(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *places, **options):
-        model = super().from_pretrained(*places, **options)
-        model.load_features()
-        return model
+        loaded = super().from_pretrained(*places, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with a report
+        if not model.heads[0][0].weight.is_meta:  # its weights were there
+            model.load_features()
+        return loaded
 
     def _apply(self, function, recurse=True):
         """What `.to()` and its like do, for the backbone, too."""
@@ -208,7 +210,7 @@ class FeatureDiscriminator(ModelMixin, ConfigMixin):
     @property
     def min_resolution(self):
         """Smallest image side in pixels: a place in every feature map."""
-        return 1 if self.features.size else max(self.strides)
+        return 1 if self.config.input_size else max(self.strides)
 
     def forward(self, x: torch.Tensor, samples: torch.Tensor | None = None) -> torch.Tensor:
         """Images [batch, 3, height, width] in [-1, 1] -> logits [batch, places of all maps], positive ones say real.

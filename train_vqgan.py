@@ -296,7 +296,7 @@ def generator_loss(x, x_hat, codes, perceptual, discriminator, args, lam, sample
         terms["perceptual"] = Term(args.perceptual_weight, perceptual(x, x_hat), on="image")
     terms |= codes.terms  # of the quantiser: codebook and commitment
     if lam > 0:
-        fooled = ADVERSARIAL[args.adversarial_loss].generator(discriminator(x_hat, samples)).mean()
+        fooled = ADVERSARIAL[args.adversarial_loss].generator(judged(discriminator, x_hat, samples)).mean()
         terms["adversarial"] = Term(lam, fooled, on="adversary")
     return terms
 
@@ -310,7 +310,8 @@ def discriminator_loss(x, x_hat, discriminator, kind="hinge", lecam_weight=0.0, 
     """L_D, and what the discriminator said; `kind` is one of ADVERSARIAL, anchors as for `lecam`, samples as above."""
     adversarial = ADVERSARIAL[kind]
     both = None if samples is None else samples.repeat(2)  # an image and its reconstruction are augmented alike
-    real, fake = discriminator(torch.cat([x, x_hat]), both).chunk(2)  # DDP takes one forward for each backward
+    # one pass: DDP takes one forward for each backward
+    real, fake = judged(discriminator, torch.cat([x, x_hat]), both).chunk(2)
     loss = adversarial.real(real).mean() + adversarial.fake(fake).mean()
     accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
     said = {"disc/loss": loss, "disc/real": real.mean(), "disc/fake": fake.mean(), "disc/accuracy": accuracy}
@@ -318,6 +319,11 @@ def discriminator_loss(x, x_hat, discriminator, kind="hinge", lecam_weight=0.0, 
         said["disc/lecam"] = lecam(real, fake, anchors)
         loss = loss + lecam_weight * said["disc/lecam"]
     return loss, said
+
+
+def judged(discriminator, x, samples):
+    """Logits. `samples` are for discriminators that augment what they see."""
+    return discriminator(x) if samples is None else discriminator(x, samples)
 
 
 def lecam(real, fake, anchors):
@@ -650,7 +656,12 @@ def clip_and_step(accelerator, network, optimizer, loss, max_norm):
 
 
 def sample_numbers(run, i, x):
-    """Numbers in the stream of training images of the `i`-th micro-batch x of this step, [batch]."""
+    """Numbers in the stream of training images of the `i`-th micro-batch x of this step, [batch].
+
+    None for a discriminator that does not augment.
+    """
+    if not isinstance(run.state.discriminator, FeatureDiscriminator):
+        return None
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
     return run.state.samples_seen + rank + world * (i * len(x) + torch.arange(len(x), device=x.device))
 
@@ -861,9 +872,9 @@ class Run:
 
 def build_generator(args):
     """The VQModel to train, its quantiser swapped for ours."""
+    where = {"subfolder": args.subfolder, "revision": args.revision, "cache_dir": args.cache_dir}
     if args.pretrained_model_name_or_path:
         flag, source = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-        where = {"subfolder": args.subfolder, "revision": args.revision, "cache_dir": args.cache_dir}
         if Path(source).is_dir():
             inner = Path(source) / (where.pop("subfolder") or "vqmodel")
             source = str(inner) if inner.is_dir() or args.subfolder else source
@@ -872,11 +883,11 @@ def build_generator(args):
             with suppress(OSError):  # not there, or read_config says why
                 VQModel.load_config(source, **where | {"subfolder": "vqmodel"})
                 where["subfolder"] = "vqmodel"
-        check_vqmodel_config(flag, read_config(flag, source, VQModel, **where)[1], args.resolution)
-        model = load_vqmodel(flag, source, **where)
+        check_vqmodel_config(flag, read_config(flag, source, VQModel, **where), args.resolution)
+        model = load_pretrained(VQModel, flag, source, **where)
     else:
         flag, source = "--model_config_name_or_path", args.model_config_name_or_path or DEFAULT_CONFIG
-        _, config = read_config(flag, source, VQModel, revision=args.revision, cache_dir=args.cache_dir)
+        config = read_config(flag, source, VQModel, **where)
         check_vqmodel_config(flag, config, args.resolution)
         model = VQModel.from_config(config)
     model.quantize = build_quantizer(model.quantize, args)
@@ -889,12 +900,12 @@ def build_generator(args):
     return model.train()
 
 
-def load_vqmodel(flag, source, **where):
-    """A pretrained VQModel, from its plain weight file, or from the only variant there is, such as fp16."""
+def load_pretrained(network, flag, source, **where):
+    """A pretrained network of this class, from its plain weight file, or from the only variant there is, such as fp16."""
     options = {"torch_dtype": torch.get_default_dtype(), "output_loading_info": True, **where}
     with user_error(f"{flag}: cannot load {source}", Exception):
         try:
-            model, report = VQModel.from_pretrained(source, **options)
+            model, report = network.from_pretrained(source, **options)
         except OSError:
             folder = f"{where['subfolder']}/" if where.get("subfolder") else ""
             files = [f"{folder}diffusion_pytorch_model.fp16.safetensors"]  # nearly always, when a cache cannot say
@@ -902,7 +913,7 @@ def load_vqmodel(flag, source, **where):
                 files = os.listdir(source)
             else:
                 with suppress(OSError):
-                    files = HfApi().list_repo_files(source, revision=where["revision"])
+                    files = HfApi().list_repo_files(source, revision=where.get("revision"))
             pattern = re.compile(re.escape(folder) + r"diffusion_pytorch_model\.([^.]+)\.(safetensors|bin)")
             variants = sorted({match[1] for match in map(pattern.fullmatch, files) if match})
             several = f"{flag}: {source} holds several variants of the weights, {', '.join(variants)}"
@@ -910,7 +921,7 @@ def load_vqmodel(flag, source, **where):
             if not variants:
                 raise
             logger.info(f"{source} holds no plain weight file: taking its variant {variants[0]}")
-            model, report = VQModel.from_pretrained(source, variant=variants[0], **options)
+            model, report = network.from_pretrained(source, variant=variants[0], **options)
     missing, unknown = (", ".join(sorted(report[kind])[:5]) for kind in ("missing_keys", "unexpected_keys"))
     require(not missing, f"{flag}: the weights in {source} do not fit its config; they lack {missing}")
     if unknown:
@@ -919,9 +930,9 @@ def load_vqmodel(flag, source, **where):
 
 
 def read_config(flag, source, *networks, **where):
-    """(network, config): which of these classes a JSON file, a directory or the Hub describes, and how.
+    """Config of one of these classes from a JSON file, a directory or the Hub; UserError for bad JSON and unknown keys.
 
-    The first one where it does not say. UserError for bad JSON and unknown keys.
+    Its `_class_name` says which one it is, the first where the source does not say.
     """
     path = Path(source)
     if path.is_dir():
@@ -955,7 +966,7 @@ def read_config(flag, source, *networks, **where):
         close = difflib.get_close_matches(key, known, 1, 0.5) or known
         unknown = f"{flag}: {source}: {network.__name__} has no '{key}'; did you mean {' or '.join(close)}?"
         require(key in known, unknown)
-    return network, config
+    return config | {"_class_name": kind}
 
 
 def check_vqmodel_config(flag, config, resolution):
@@ -1022,24 +1033,25 @@ def residual_block(block, x, temb=None):
     return (block.conv_shortcut(x) if block.conv_shortcut else x) + h
 
 
+DISCRIMINATORS = (Discriminator, FeatureDiscriminator)
+
+
 def build_discriminator(args):
     """A new discriminator, or a pretrained one; its config says of which class."""
-    kinds, where = (Discriminator, FeatureDiscriminator), {"cache_dir": args.cache_dir}
+    where, kinds = {"cache_dir": args.cache_dir}, {network.__name__: network for network in DISCRIMINATORS}
     if args.pretrained_discriminator_name_or_path:
         flag, source = "--pretrained_discriminator_name_or_path", args.pretrained_discriminator_name_or_path
         if (Path(source) / "discriminator").is_dir():
             source = str(Path(source) / "discriminator")
         elif not Path(source).is_dir():
             where["subfolder"] = "discriminator"
-        network, _ = read_config(flag, source, *kinds, **where)
-        with user_error(f"{flag}: cannot load {source}", (OSError, ValueError, RuntimeError)):
-            discriminator = network.from_pretrained(source, **where)
-        discriminator.to(torch.get_default_dtype())
+        network = kinds[read_config(flag, source, *DISCRIMINATORS, **where)["_class_name"]]
+        discriminator = load_pretrained(network, flag, source, **where)
     else:
         flag, source = "--discriminator_config_name_or_path", args.discriminator_config_name_or_path
-        network, config = read_config(flag, source, *kinds, **where) if source else (Discriminator, {})
+        config = read_config(flag, source, *DISCRIMINATORS, **where) if source else {}
         with user_error(flag, ValueError):
-            discriminator = network.from_config(config)
+            discriminator = kinds[config.get("_class_name", "Discriminator")].from_config(config)
     rgb = getattr(discriminator.config, "in_channels", 3) == 3
     require(rgb, f"{flag}: in_channels must be 3: training images are RGB")
     least = discriminator.min_resolution if args.adversarial_weight else 0

@@ -10,7 +10,7 @@ import torch
 from conftest import REPOSITORY, equal, exported, weights
 
 import train_vqgan
-from discriminator import AUGMENTATIONS, Discriminator, FeatureDiscriminator, uniform
+from discriminator import AUGMENTATIONS, FeatureDiscriminator, uniform
 
 SMALL = {
     "_class_name": "FeatureDiscriminator",
@@ -248,5 +248,5 @@ def test_resume_is_exact(on_features, train, tmp_path, more):
 
 def test_default_discriminator_is_still_the_patch_one(flags):
     """A config without _class_name, as before. Red when the classes are in another order."""
-    network, config = train_vqgan.read_config("x", flags[3], Discriminator, FeatureDiscriminator)
-    assert network is Discriminator and config["depth"] == 1
+    config = train_vqgan.read_config("x", flags[3], *train_vqgan.DISCRIMINATORS)
+    assert config["_class_name"] == "Discriminator" and config["depth"] == 1
