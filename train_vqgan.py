@@ -237,6 +237,11 @@ def build_parser():
 def parse_args(argv=None):
     """Flags to a namespace; what cannot work ends here, before anything is loaded or written."""
     parser = build_parser()
+    try:  # once: a recipe may come through a pipe
+        argv = parser._read_args_from_files([*(sys.argv[1:] if argv is None else argv)])
+    except (UnicodeDecodeError, RecursionError) as error:
+        parser.error(f"a recipe after @ cannot be read: {one_line(error)}")
+    parser.fromfile_prefix_chars = None
     given = parser.parse_args(argv)
     try:
         check_args(given)
@@ -936,8 +941,8 @@ def read_config(flag, source, *networks, **where):
     """
     path = Path(source)
     if path.is_dir():
-        path = path / "config.json"
-        require(path.is_file(), f"{flag}: no config.json in {source}")
+        path = path / (where.get("subfolder") or "") / "config.json"
+        require(path.is_file(), f"{flag}: no config.json in {path.parent}")
     if path.is_file():
         with user_error(f"{flag}: {path} is no text file", (UnicodeDecodeError, OSError)):
             text = path.read_text(encoding="utf-8-sig")
@@ -1900,16 +1905,22 @@ def log_codes(run, counts):
 
 def keep_best(run, metrics):
     """(main process) Export to output_dir/best when --save_best is better than what best.json there says."""
-    best, metric = Path(run.args.output_dir) / "best", f"val/{run.args.save_best}_"
-    key = next((key for key in metrics if key.startswith(metric)), None)
+    best = Path(run.args.output_dir) / "best"
+    key = next((key for key in metrics if key.startswith(f"val/{run.args.save_best}_")), "")
+    metric, before = key.rpartition("_n")[0], read_best(best)
+    judges = run.evaluator.protocol("")["distances"] if run.evaluator else {}
     # over however many images: --num_validation_samples may change, and files may become unreadable
-    earlier = next((value for name, value in read_best(best).items() if name.startswith(metric)), None)
-    if key is None or (earlier is not None and BEST[run.args.save_best](earlier, metrics[key]) == earlier):
+    earlier = next((value for name, value in before.items() if metric and name.rpartition("_n")[0] == metric), None)
+    name = metric.removeprefix("val/")
+    if before.get("distances", {}).get(name) != judges.get(name):
+        earlier = None  # of other layers it is another number
+    if not key or (earlier is not None and BEST[run.args.save_best](earlier, metrics[key]) == earlier):
         return
     with keep_going("keep the best export"):
         with replaced(best) as folder:
             export(run, folder)
-            (folder / "best.json").write_text(json.dumps({"step": run.state.step} | metrics, indent=2))
+            best_so_far = {"step": run.state.step} | metrics | {"distances": judges}
+            (folder / "best.json").write_text(json.dumps(best_so_far, indent=2))
         logger.info(f"Best so far: {key} {metrics[key]:.5g} at step {run.state.step}, in {best}")
 
 
@@ -1923,6 +1934,7 @@ def read_best(best):
 # ---- Checkpoints and export ----------------------------------------------------------------------------------------
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
+LEFTOVER_NAME = re.compile(r"unfinished-(old-)?(checkpoint-\d+|best)")
 CHECKPOINT_FORMAT = 2
 # The exported networks that hold the weights of these; what differs from them stands beside, in NAME.safetensors.
 EXPORTED = {"generator": "vqmodel", "ema": "vqmodel", "discriminator": "discriminator"}
@@ -2095,11 +2107,16 @@ def find_checkpoint(args):
     present, flag = checkpoints(output, intact=False), "--resume_from_checkpoint"
     results = read_metrics(args) or [name for name in ("vqmodel", "best") if (output / name).exists()]
     if not resume:
-        remedy = f"add {flag} latest to go on with it, or choose another directory"
+        remedy = f"add {flag} latest to go on with it" if present else "move it away"
+        remedy += ", or choose another directory"
         require(not present and not results, f"--output_dir: {output} already holds a run; {remedy}")
         return None, {}
-    nothing = f"{output} holds results of a run, but no checkpoint to go on from; move them away to start afresh"
-    require(present or not results, f"{flag}: {nothing}, or choose another --output_dir")
+    if resume != "latest" and Path(resume).resolve().parent != output.resolve():  # a branch, perhaps tried before
+        others = present or [line for line in read_metrics(args) if line["step"] <= step_of(resume)]
+        require(not others, f"--output_dir: {output} already holds another run; choose another directory")
+    else:
+        nothing = f"{output} holds results of a run, but no checkpoint to go on from; move them away to start afresh"
+        require(present or not results, f"{flag}: {nothing}, or choose another --output_dir")
     for checkpoint in reversed(present) if resume == "latest" else [Path(resume)]:
         fault = find_fault(checkpoint)
         if not fault:
@@ -2125,7 +2142,13 @@ def checkpoints(output_dir, intact=True):
 
 
 def step_of(checkpoint):
-    return int(Path(checkpoint).name.split("-")[1])
+    """-1 for what is no checkpoint by its name."""
+    name = Path(checkpoint).name
+    return int(name.split("-")[1]) if CHECKPOINT_NAME.fullmatch(name) else -1
+
+
+def how_to_go_on(output):
+    return GO_ON if checkpoints(output) else f"there is no checkpoint: move {output} away, and run the command again"
 
 
 def manifest(folder):
@@ -2143,9 +2166,12 @@ def find_fault(checkpoint, hashes=True):
     """What is wrong with a checkpoint directory by its manifest, or None; `hashes` reads all of it."""
     if not CHECKPOINT_NAME.fullmatch(checkpoint.name):
         return "its name is not checkpoint-N"
+    if not checkpoint.is_dir():
+        return "there is no such directory"
     try:
-        files = json.loads((checkpoint / "progress.json").read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        listed = json.loads((checkpoint / "progress.json").read_text())["files"]
+        files = {name: dict(file) for name, file in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "progress.json is missing or not whole"
     for name, expected in files.items():
         path = checkpoint / name
@@ -2182,11 +2208,16 @@ def replaced(path):
 def finish_interrupted(output):
     """Remove what a kill left of `replaced` and of removals; put back what it had already moved away."""
     for leftover in Path(output).glob("unfinished-*"):
+        if not LEFTOVER_NAME.fullmatch(leftover.name):
+            continue  # somebody's own
         place = leftover.with_name(leftover.name.removeprefix("unfinished-old-"))
-        if leftover.name.startswith("unfinished-old-") and not place.exists():
-            leftover.rename(place)
-        else:
-            shutil.rmtree(leftover)
+        with keep_going(f"remove {leftover}"):  # network shares keep what somebody still reads
+            if leftover.name.startswith("unfinished-old-") and not place.exists():
+                leftover.rename(place)
+            elif leftover.is_symlink():
+                leftover.unlink()
+            else:
+                shutil.rmtree(leftover)
 
 
 def sync(path):
@@ -2577,7 +2608,7 @@ def drop_abandoned(run):
         if (run.checkpoint / "best").exists():
             with replaced(best) as folder:
                 link_tree(run.checkpoint / "best", folder)
-        elif best.exists():
+        elif read_best(best).get("step", 0) > run.state.step:
             shutil.rmtree(best)
 
 
@@ -2692,7 +2723,7 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line):
         try:
-            words = shlex.split(line, comments=True)
+            words = shlex.split(line.lstrip("\ufeff"), comments=True)
         except ValueError as error:
             self.error(f"recipe line {line.strip()!r}: {error}")
         return [self.in_repository(word) for word in words]
@@ -3026,7 +3057,7 @@ def train_in_output_dir(accelerator, args):
         with keep_going("finish the trackers", Exception):
             tracker.finish()
     accelerator.trackers.clear()  # end_training would finish them again
-    unsaved = f"--output_dir: the last checkpoint could not be saved in {output}, see above; {GO_ON}"
+    unsaved = f"--output_dir: the last checkpoint could not be saved in {output}, see above; {how_to_go_on(output)}"
     on_main(accelerator, lambda: require(watch.saved, unsaved))
     stop_for_failure(watch)
     accelerator.end_training()
@@ -3051,7 +3082,7 @@ def start_trackers(run):
 def finish(run, validated, repository):
     """(main process) Export the result, say how good it is, upload it."""
     output = Path(run.args.output_dir)
-    hint = f"; {GO_ON}"
+    hint = f"; {how_to_go_on(output)}"
     with user_error(f"--output_dir: cannot write the result to {output}", WRITE_ERRORS, hint):
         export(run, output)
     logger.info(f"Exported {output / 'vqmodel'}")

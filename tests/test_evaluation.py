@@ -549,3 +549,24 @@ def test_reconstructions_that_cannot_be_written(train, photos, capsys):
     assert train_vqgan.main([*more, "--save_reconstructions", str(photos / "0.png")]) == 2
     said = capsys.readouterr().err
     assert "error: --save_reconstructions: " in said and "Traceback" not in said
+
+
+def test_best_export_from_a_resume_on(train):
+    """Asked for when the run is resumed at its end, kept when it is prolonged. Red when it is taken for abandoned."""
+    more = [*FRACTION, "--lr_warmup_steps", "0", "--learning_rate", "3e-3", "--resume_from_checkpoint", "latest"]
+    run = train(*more, "--max_train_steps", "4")
+    train(*more, "--max_train_steps", "4", "--save_best", "psnr")
+    best = json.loads((run / "best" / "best.json").read_text())
+    train(*more, "--max_train_steps", "6", "--save_best", "psnr", "--learning_rate", "1")
+    again = json.loads((run / "best" / "best.json").read_text())
+    assert best["step"] == 4 and again == best
+
+
+def test_best_perceptual_distance_of_other_layers_is_another_number(train):
+    """Another --timm_model_layers, another scale. Red when the names are compared alone."""
+    more = [*FRACTION, "--save_best", "perceptual", "--learning_rate", "0", "--validation_steps", "1"]
+    run = train(*more, "--max_train_steps", "2")
+    before = json.loads((run / "best" / "best.json").read_text())
+    train(*more, "--max_train_steps", "3", "--timm_model_layers", "0,1,2", "--resume_from_checkpoint", "latest")
+    best = json.loads((run / "best" / "best.json").read_text())
+    assert best["step"] == 3 and best["distances"] != before["distances"]

@@ -648,7 +648,7 @@ def test_room_is_asked_for_where_it_is_missing(flags, monkeypatch, capsys, cause
     monkeypatch.setattr(train_vqgan, "export", failing(cause))
     assert train_vqgan.main([*flags, "--checkpointing_steps", "0"]) == 2
     line = error_line(capsys)
-    assert ("make room" in line) == full and "--resume_from_checkpoint latest" in line
+    assert ("make room" in line) == full and "there is no checkpoint: move" in line
     assert train_vqgan.one_line(cause) in line
 
 
@@ -929,3 +929,58 @@ def test_signal_during_validation(train, flags, monkeypatch, step):
     train(*more, *RESUME)
     steps = [line["step"] for line in metrics(run) if "protocol" in line]
     assert steps[-1] == 4 and (run / "vqmodel").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "busy", "own"])
+def test_leftovers_that_cannot_be_removed_cost_nothing(train, tmp_path, monkeypatch, caplog, kind):
+    """A link, a folder that a network share keeps, and one of the user's own. Red when rmtree's error gets through."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    left = tmp_path / "run" / ("unfinished-notes" if kind == "own" else "unfinished-checkpoint-1")
+    left.symlink_to(tmp_path / "elsewhere") if kind == "link" else left.mkdir()
+    rmtree = shutil.rmtree
+
+    def kept(path, *rest):
+        if Path(path) == left and kind == "busy":
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        rmtree(path, *rest)
+
+    monkeypatch.setattr(train_vqgan.shutil, "rmtree", kept)
+    run = train(*LONG)
+    assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"] and (tmp_path / "elsewhere").is_dir()
+    assert os.path.lexists(left) == (kind != "link")
+
+
+def test_branch_into_a_directory_with_another_run(train, flags, capsys, tmp_path):
+    """Refused; but not after a try that broke off before its first checkpoint. Red without the one or the other."""
+    first = train(*LONG, "--output_dir", str(tmp_path / "first"))
+    second = train("--output_dir", str(tmp_path / "second"))
+    branch = ["--resume_from_checkpoint", str(first / "checkpoint-4"), "--max_train_steps", "5", "--use_ema"]
+    assert train_vqgan.main([*flags, *branch, "--output_dir", str(second)]) == 2
+    assert f"--output_dir: {second} already holds another run" in capsys.readouterr().err
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third" / "metrics.jsonl").write_text('{"step": 5}\n')
+    third = train(*branch, "--output_dir", str(tmp_path / "third"))
+    assert [line["step"] for line in metrics(third)] == [5]
+
+
+def test_remedy_without_a_checkpoint(flags, monkeypatch, capsys):
+    """Red when it says to go on from a checkpoint that is not there: that is refused."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(train_vqgan, "export", full)
+    assert train_vqgan.main([*flags, "--checkpointing_steps", "0", "--log_steps", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "there is no checkpoint: move " in said and "--resume_from_checkpoint latest goes on" not in said
+    assert train_vqgan.main(flags) == 2
+    assert "already holds a run; move it away, or choose another directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("listed", ["[]", "null", '{"files": []}', '{"files": {"a": 1}}'])
+def test_progress_of_another_shape_is_a_damaged_checkpoint(copied, listed):
+    """Red when TypeError or AttributeError gets through."""
+    (copied / "checkpoint-6" / "progress.json").write_text(listed)
+    assert train_vqgan.find_fault(copied / "checkpoint-6") == "progress.json is missing or not whole"
+    assert train_vqgan.find_fault(copied / "checkpoint-7") == "there is no such directory"

@@ -1,5 +1,7 @@
 """Flags: what is refused and with which words, what needs or excludes another, and defaults."""
 
+import os
+
 import pytest
 import torch
 
@@ -451,3 +453,26 @@ def test_tf32_is_the_networks_alone(flags, monkeypatch, flag, matmul):
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "byte order mark"])
+def test_recipe_from_elsewhere(tmp_path, kind):
+    """Red when the recipe is read twice, of which a pipe gives nothing, or when an editor's mark is part of a flag."""
+    recipe = b"--max_train_steps 3 --train_batch_size 4\n"
+    (tmp_path / "r.args").write_bytes(b"\xef\xbb\xbf" + recipe)
+    path, (read, write) = tmp_path / "r.args", os.pipe()
+    if kind == "pipe":
+        os.write(write, recipe)
+        path = f"/dev/fd/{read}"
+    os.close(write)
+    args = train_vqgan.parse_args([f"@{path}"])
+    os.close(read)
+    assert (args.max_train_steps, args.train_batch_size) == (3, 4)
+
+
+@pytest.mark.parametrize("content", [b"--seed 1  # caf\xe9\n", b"@SELF\n"])
+def test_recipe_that_cannot_be_read(refused, tmp_path, content):
+    """Red when UnicodeDecodeError or RecursionError gets through."""
+    path = tmp_path / "r.args"
+    path.write_bytes(content.replace(b"SELF", str(path).encode()))
+    assert "recipe" in refused(f"@{path}")

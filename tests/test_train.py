@@ -929,3 +929,35 @@ def test_without_what_only_unix_has(train, flags, photos, tmp_path, data):
     assert result.returncode == 0, result.stderr[-3000:]
     assert train_vqgan.main([*flags, "--output_dir", str(tmp_path / "here")]) == 0
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "here"))
+
+
+@pytest.mark.parametrize("kind", ["missing", "generator", "example"])
+def test_pretrained_discriminator_that_does_not_fit(flags, capsys, finished, tmp_path, kind):
+    """One line. Red when its weights are not compared: `Cannot copy out of meta tensor`."""
+    folder = Path(shutil.copytree(finished / "discriminator", tmp_path / "judge"))
+    file = folder / "diffusion_pytorch_model.safetensors"
+    state, config = safetensors.torch.load_file(file), json.loads((folder / "config.json").read_text())
+    if kind == "missing":
+        state.pop("layers.0.bias")
+    elif kind == "generator":
+        folder = finished / "vqmodel"
+    else:  # as diffusers' example writes it
+        (folder / "config.json").write_text(json.dumps(config | {"cond_channels": 0}))
+    safetensors.torch.save_file(state, file)
+    more = ["--pretrained_discriminator_name_or_path", str(folder), "--output_dir", str(tmp_path / "new")]
+    assert train_vqgan.main([*without(flags, "--discriminator_config_name_or_path"), *more]) == 2
+    words = {"missing": "lack layers.0.bias", "generator": "config of VQModel", "example": "has no 'cond_channels'"}
+    line = error_line(capsys)
+    assert "--pretrained_discriminator_name_or_path: " in line and words[kind] in line
+
+
+def test_subfolder_of_a_config(train, tmp_path):
+    """The remedy that the error of a pipeline's repository gives. Red when --subfolder is for pretrained models only."""
+    (tmp_path / "pipeline" / "vqvae").mkdir(parents=True)
+    (tmp_path / "pipeline" / "vqvae" / "config.json").write_text(json.dumps(TINY_MODEL))
+    config = train_vqgan.build_generator(
+        train_vqgan.parse_args(
+            ["--model_config_name_or_path", str(tmp_path / "pipeline"), "--subfolder", "vqvae", "--resolution", "16"]
+        )
+    ).config
+    assert config.num_vq_embeddings == TINY_MODEL["num_vq_embeddings"]
