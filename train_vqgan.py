@@ -1390,7 +1390,10 @@ def streamed_batches(dataset, args, seed, start, rank, world, threads, watch):
         for epoch in itertools.count():
             dataset.set_epoch(epoch)
             rows_read = 0
-            hint = f"; {GO_ON}"
+
+            def hint(error):
+                return f"{shard_being_read(error)}; {GO_ON}"
+
             with user_error(f"--streaming: {args.dataset_name} broke off", Exception, hint):  # readers have their own
                 for row in dataset:
                     rows_read += 1
@@ -1412,6 +1415,15 @@ def streamed_batches(dataset, args, seed, start, rank, world, threads, watch):
         if readable:  # in the place of unreadable ones others of their batch come again
             others = itertools.cycle(readable)
             yield torch.stack([next(others) if image is None else image for image in images]), faults
+
+
+def shard_being_read(error):
+    """ " in FILE", where a reader of `datasets` failed: its errors do not name the shard. Empty where none is known."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if "packaged_modules" in frame.f_code.co_filename:
+            shard = frame.f_locals.get("file") or frame.f_locals.get("tar_path")
+            return f" in {shard}" if isinstance(shard, str) else ""
+    return ""
 
 
 def read_ahead(numbered, load, size, threads):
@@ -2650,7 +2662,9 @@ def log_gradient_shares(run, x, lam):
     shares = {name: norm / (sum(norms.values()) or 1) for name, norm in norms.items()}
     logger.info("Gradient at x_hat: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
     for name, share in shares.items():
-        if share > 0.995 and len(shares) > 1:  # 98 % did no harm, 99.5 % cost 0.8 dB, see benchmarks/README.md
+        if (
+            share > 0.995 and len(shares) > 1
+        ):  # from there on the term itself gained nothing more, see benchmarks/README.md
             remedy = f"the others hardly count; try --{name}_weight {getattr(run.args, f'{name}_weight') / 10:.2g}"
             logger.warning(f"{name} makes up {share:.1%} of the gradient at x_hat: {remedy}")
 

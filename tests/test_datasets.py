@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pickle
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -525,3 +526,25 @@ def test_held_out_stream_that_breaks_off_costs_that_validation(no_folder, train,
     run = train(*flags, "--cache_dir", str(tmp_path / "cache"), "--checkpointing_steps", "2")
     assert "This validation is left out: --validation_split: validation of" in caplog.text
     assert (run / "checkpoint-2").is_dir() and (run / "vqmodel").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_broken_shard_of_a_stream_is_named(no_folder, flags, capsys, tmp_path, kind):
+    """A truncated parquet file, and a member of an archive that is no JSON. Red when only the data set is named."""
+    (tmp_path / "data").mkdir()
+    for i in range(2):
+        shard = tmp_path / "data" / f"train-{i:05d}.{kind}"
+        if kind == "parquet":
+            make_dataset().to_parquet(shard)
+            shard.write_bytes(shard.read_bytes()[: None if i == 0 else 500])
+        else:
+            with tarfile.open(shard, "w") as archive:
+                for name, content in (("a.png", png(1)), ("a.json", b"{}" if i == 0 else b"{")):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    column = "image" if kind == "parquet" else "png"
+    more = ["--dataset_name", str(tmp_path / "data"), "--cache_dir", str(tmp_path / "cache"), "--image_column", column]
+    assert train_vqgan.main([*flags, *more, "--streaming"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("error:") == 1 and f"in {shard}; the same command" in said and "Traceback" not in said
