@@ -476,3 +476,21 @@ def test_recipe_that_cannot_be_read(refused, tmp_path, content):
     path = tmp_path / "r.args"
     path.write_bytes(content.replace(b"SELF", str(path).encode()))
     assert "recipe" in refused(f"@{path}")
+
+
+@pytest.mark.parametrize(
+    "flag", ["--dataset_name", "--output_dir", "--cache_dir", "--timm_model_weights", "--hub_token"]
+)
+@pytest.mark.parametrize("value", ["", " "])
+def test_empty_value(refused, flag, value):
+    """--train_data_dir "$UNSET" trained on the bundled photographs. Red when a flag of text has no type."""
+    assert f"argument {flag}: is empty" in refused(flag, value)
+
+
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--output_dir", "--timm_model_weights"])
+def test_home_directory(monkeypatch, tmp_path, flag):
+    """Also after `=`, where no shell expands it. Red when the value is taken as it is."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = train_vqgan.parse_args([f"{flag}=~/data"])
+    assert getattr(args, flag.removeprefix("--")) == str(tmp_path / "data")

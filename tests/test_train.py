@@ -961,3 +961,12 @@ def test_subfolder_of_a_config(train, tmp_path):
         )
     ).config
     assert config.num_vq_embeddings == TINY_MODEL["num_vq_embeddings"]
+
+
+def test_warm_up_longer_than_the_run_is_warned_of(train, caplog):
+    """Both numbers. Red when the two are not compared: the rate ended at 4 % of what was asked for."""
+    train("--max_train_steps", "2", "--lr_warmup_steps", "50")
+    assert "--lr_warmup_steps: 50 steps of warm-up are more than a tenth of the 2 steps" in caplog.text
+    caplog.clear()
+    train("--max_train_steps", "4", "--lr_warmup_steps", "0", *RESUME)
+    assert "warm-up" not in caplog.text
