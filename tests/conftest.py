@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +40,8 @@ TINY_DISCRIMINATOR = {"hidden_channels": 8, "depth": 1, "norm_num_groups": 4}
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """accelerate keeps one state per process; every run in a test starts anew."""
+    """accelerate keeps one state per process, and torch sets a handler of signals once; every test starts anew."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

@@ -555,7 +555,7 @@ def test_data_is_known_by_its_files_wherever_they_lie(train, flags, photos, tmp_
     elif change == "another size":
         PIL.Image.new("RGB", (16, 16)).save(moved / "0.png")
     else:
-        (moved / "0.png").rename(moved / "z.png")
+        (moved / "0.png").rename(moved / "00.png")
     assert train_vqgan.main([*flags, *flag, str(moved), *RESUME, "--max_train_steps", "4"]) == 2
     assert "training data was 7 files, " in error_line(capsys)
 
