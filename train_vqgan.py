@@ -2119,16 +2119,13 @@ def find_checkpoint(args):
     present, flag = checkpoints(output, intact=False), "--resume_from_checkpoint"
     results = read_metrics(args) or [name for name in ("vqmodel", "best") if (output / name).exists()]
     if not resume:
-        remedy = f"add {flag} latest to go on with it" if present else "move it away"
-        remedy += ", or choose another directory"
+        remedy = f"add {flag} latest to go on with it, or choose another directory"
+        if not present:
+            remedy = f"move it away, or choose another directory; {flag} latest would find no checkpoint"
         require(not present and not results, f"--output_dir: {output} already holds a run; {remedy}")
         return None, {}
-    if resume != "latest" and Path(resume).resolve().parent != output.resolve():  # a branch, perhaps tried before
-        others = present or [line for line in read_metrics(args) if line["step"] <= step_of(resume)]
-        require(not others, f"--output_dir: {output} already holds another run; choose another directory")
-    else:
-        nothing = f"{output} holds results of a run, but no checkpoint to go on from; move them away to start afresh"
-        require(present or not results, f"{flag}: {nothing}, or choose another --output_dir")
+    nothing = f"{output} holds results of a run, but no checkpoint to go on from; move them away to start afresh"
+    require(present or not results or resume != "latest", f"{flag}: {nothing}, or choose another --output_dir")
     for checkpoint in reversed(present) if resume == "latest" else [Path(resume)]:
         fault = find_fault(checkpoint)
         if not fault:
@@ -2136,6 +2133,9 @@ def find_checkpoint(args):
             remedy = "go on with that version, or start a new run with --pretrained_model_name_or_path"
             known = progress.get("format") == CHECKPOINT_FORMAT
             require(known, f"{flag}: {checkpoint} is of another version of this script; {remedy}")
+            if checkpoint.resolve().parent != output.resolve():  # a branch, perhaps tried before
+                others = present or [line for line in read_metrics(args) if line["step"] <= step_of(checkpoint)]
+                require(not others, f"--output_dir: {output} already holds another run; choose another directory")
             later = ", ".join(str(path) for path in present if step_of(path) > step_of(checkpoint))
             continuation = f"later checkpoints than {checkpoint} would be taken for its continuation"
             require(resume == "latest" or not later, f"{flag}: {continuation}; move them away first: {later}")
@@ -2154,9 +2154,7 @@ def checkpoints(output_dir, intact=True):
 
 
 def step_of(checkpoint):
-    """-1 for what is no checkpoint by its name."""
-    name = Path(checkpoint).name
-    return int(name.split("-")[1]) if CHECKPOINT_NAME.fullmatch(name) else -1
+    return int(Path(checkpoint).name.split("-")[1])
 
 
 def how_to_go_on(output):

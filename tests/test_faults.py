@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from accelerate.utils import LoggerType
 from conftest import REPOSITORY, equal, metrics, weights
 
@@ -600,6 +601,7 @@ def test_no_compiler(flags, tmp_path):
 
 def test_wandb_without_a_key(train, flags, monkeypatch, capsys, tmp_path):
     """Red when start_trackers does not catch the tracker's own errors."""
+    wandb.teardown()  # of the tests before
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -607,8 +609,6 @@ def test_wandb_without_a_key(train, flags, monkeypatch, capsys, tmp_path):
     assert train_vqgan.main([*flags, "--report_to", "wandb"]) == 2
     line = error_line(capsys)
     assert "--report_to wandb: " in line and "No API key" in line and "--report_to none" in line
-    import wandb
-
     wandb.teardown()  # another process would read this anew
     monkeypatch.setenv("WANDB_MODE", "offline")
     train("--report_to", "wandb")
