@@ -24,6 +24,7 @@ reporting, start-up checks, entry.
 """
 
 import argparse
+import ctypes
 import difflib
 import errno
 import hashlib
@@ -1131,6 +1132,15 @@ def decodable_suffixes():
     return {suffix for suffix, name in PIL.Image.EXTENSION.items() if name in openable}
 
 
+def quiet_libtiff():
+    """Its own lines on standard error would come again in every pass; what cannot be read is named once anyway."""
+    for library in Path(PIL.__file__).parents[1].glob("pillow.libs/libtiff*"):  # as Pillow's wheels for Linux bring it
+        libtiff = ctypes.CDLL(str(library))
+        libtiff.TIFFSetWarningHandler(None)
+        libtiff.TIFFSetErrorHandler(None)
+
+
+quiet_libtiff()
 IMAGE_SUFFIXES = decodable_suffixes()
 MAX_PIXELS = 2**29 // 3  # 512 MiB as RGB, where Pillow would refuse
 PIL.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit comes before a JPEG is reduced
