@@ -532,7 +532,7 @@ class CodeStatistics:
         self.steps = torch.zeros(1, device=accelerator.device)  # in the moments
 
     def record(self, chosen, images, finite):
-        """Count the Codes of one step's micro-batches of `images` each, unless its update was skipped as not `finite`."""
+        """Count the Codes of one step's micro-batches of `images` each, unless its update was not `finite`: skipped."""
         indices = torch.cat([codes.indices for codes in chosen])
         z = torch.cat([codes.z.detach().unflatten(0, (images, -1)) for codes in chosen])
         counts = torch.zeros_like(self.since_log)
@@ -907,7 +907,7 @@ def build_generator(args):
 
 
 def load_pretrained(network, flag, source, **where):
-    """A pretrained network of this class, from its plain weight file, or from the only variant there is, such as fp16."""
+    """A pretrained network of this class, from its plain weight file or the only variant there is, such as fp16."""
     options = {"torch_dtype": torch.get_default_dtype(), "output_loading_info": True, **where}
     with user_error(f"{flag}: cannot load {source}", Exception):
         try:
@@ -1347,7 +1347,7 @@ def collate(samples):
 
 
 def training_batches(items, args, seed, start, accelerator, watch):
-    """Endless pairs of this process: uint8 micro-batches [train_batch_size, 3, resolution, resolution] of every world-th
+    """Endless pairs of this process: uint8 micro-batches [train_batch_size, 3, resolution, resolution] of each world-th
     sample from `start`, the number of samples that all processes have seen; and for each image its fault, or None.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -1760,9 +1760,10 @@ class Evaluator:
     def __call__(self, generator, watch):
         """(all processes) Metrics over `n` held-out images, each counted once, and how often codes were used.
 
-        generator: a VQModel with our Quantizer, in eval mode. No metrics after a signal, see `watch`. Everything is measured in fp32 on reconstructions rounded
+        generator: a VQModel with our Quantizer, in eval mode. Everything is measured in fp32 on reconstructions rounded
         to 8 bits: PSNR in dB (at most 100), SSIM, perceptual distances, Frechet distances; the codebook's use, with
         the expected use `bound` of equally likely codes, its perplexity, and the mean squared error of the quantiser.
+        No metrics after a signal, see `watch`, or when a stream of images breaks off.
         """
         args, accelerator = self.args, self.accelerator
         counts = torch.zeros(len(generator.quantize.codebook()), dtype=torch.long)
@@ -2062,7 +2063,7 @@ def save_checkpoint(run):
 
 
 def link_tree(source, target):
-    """The same folder once more, without its bytes where the file system has hard links. No file here is written twice."""
+    """The same folder once more, by hard links where the file system has them: no file here is written twice."""
 
     def link_or_copy(file, new):
         try:
@@ -2446,7 +2447,8 @@ class Watch:
         self.read(run)
         device, ends_here = run.accelerator.device, self.signal is not None or self.failure is not None
         counts = [ends_here, self.read_images, self.faulty_images, self.read_images >= self.pass_length]
-        counts = run.accelerator.reduce(torch.tensor(counts, dtype=torch.float32).to(device), "sum")
+        counts = torch.stack([torch.full((), float(n), device=device) for n in counts])  # a copy from here would wait
+        counts = run.accelerator.reduce(counts, "sum")
         flags = torch.cat([counts, *(skipped.float().reshape(1) for skipped in self.skipped.values())])
         flags = flags.to("cpu", non_blocking=device.type == "cuda")
         arrived = torch.cuda.Event() if device.type == "cuda" else None
@@ -2616,7 +2618,7 @@ def read_metrics(args):
 
 
 def drop_abandoned(run):
-    """(main process) Take metrics.jsonl and best/ back to the resumed checkpoint: the steps after it are taken again."""
+    """(main process) Take metrics.jsonl and best/ back to the resumed checkpoint: its later steps are taken again."""
     if not run.checkpoint:
         return
     best, path = Path(run.args.output_dir) / "best", Path(run.args.output_dir) / "metrics.jsonl"
@@ -2657,7 +2659,7 @@ def versions():
 
 
 def log_gradient_shares(run, x, lam):
-    """Say which term steers the decoder at the first step, by gradients at x_hat; warn of one that drowns the others."""
+    """Say which term steers the decoder at the first step, by gradients at x_hat; warn when one drowns the others."""
     discriminator, generator, norms = run.state.discriminator, run.state.generator, {}
     with frozen(discriminator), torch.compiler.set_stance("force_eager"):
         x_hat, codes = generator(to_model(x, run.args), return_dict=False)
