@@ -2168,6 +2168,10 @@ def step_of(checkpoint):
     return int(Path(checkpoint).name.split("-")[1])
 
 
+def unsaved(output):
+    return f"--output_dir: the last checkpoint could not be saved in {output}, see above; {how_to_go_on(output)}"
+
+
 def how_to_go_on(output):
     return GO_ON if checkpoints(output) else f"there is no checkpoint: move {output} away, and run the command again"
 
@@ -3081,8 +3085,7 @@ def train_in_output_dir(accelerator, args):
         with keep_going("finish the trackers", Exception):
             tracker.finish()
     accelerator.trackers.clear()  # end_training would finish them again
-    unsaved = f"--output_dir: the last checkpoint could not be saved in {output}, see above; {how_to_go_on(output)}"
-    on_main(accelerator, lambda: require(watch.saved, unsaved))
+    on_main(accelerator, lambda: require(watch.saved, unsaved(output)))
     stop_for_failure(watch)
     accelerator.end_training()
     if watch.stopping:
