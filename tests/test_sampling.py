@@ -108,14 +108,14 @@ def test_processes_share_every_step(monkeypatch, start, world, batch_size, accum
 
     For example `start + rank * batch_size` in place of `start + rank`, or a count without its `world` stride.
     """
-    numbers = type("Numbers", (), {"__getitem__": lambda _, g: g})()
+    numbers = type("Numbers", (), {"__getitem__": lambda _, g: (torch.tensor(g), None)})()
     monkeypatch.setattr(train_vqgan, "SampleStream", lambda items, args, seed: numbers)
     args, streams = parsed("--train_batch_size", batch_size), []
     for rank in range(world):
         process = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
         streams.append(train_vqgan.training_batches([], args, 0, start, process, train_vqgan.Watch()))
     for step in range(5):
-        seen = [next(stream).tolist() for stream in streams for _ in range(accumulation)]
+        seen = [next(stream)[0].tolist() for stream in streams for _ in range(accumulation)]
         assert {len(batch) for batch in seen} == {batch_size}
         first = start + 12 * step
         assert sorted(itertools.chain(*seen)) == list(range(first, first + 12))
