@@ -2676,9 +2676,8 @@ def log_gradient_shares(run, x, lam):
     shares = {name: norm / (sum(norms.values()) or 1) for name, norm in norms.items()}
     logger.info("Gradient at x_hat: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
     for name, share in shares.items():
-        if (
-            share > 0.995 and len(shares) > 1
-        ):  # from there on the term itself gained nothing more, see benchmarks/README.md
+        # From there on a heavier term gained nothing even for itself, see benchmarks/README.md.
+        if share > 0.995 and len(shares) > 1:
             remedy = f"the others hardly count; try --{name}_weight {getattr(run.args, f'{name}_weight') / 10:.2g}"
             logger.warning(f"{name} makes up {share:.1%} of the gradient at x_hat: {remedy}")
 
@@ -3045,8 +3044,9 @@ def user_error(what, errors, hint=""):
 
 def one_line(error):
     """What an error says, its later lines and its cause, too: they often hold the remedy."""
-    cause = f" ({one_line(error.__cause__)})" if error.__cause__ else ""
-    return (" ".join(str(error).split())[:500] or type(error).__name__) + cause
+    said = " ".join(str(error).split())[:500] or type(error).__name__
+    cause = one_line(error.__cause__) if error.__cause__ else ""
+    return said if cause in said else f"{said} ({cause})"
 
 
 def is_first_on_machine():

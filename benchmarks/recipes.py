@@ -74,7 +74,7 @@ CODEBOOK = {
 }
 REPEATED = {"none", "constant", "constant, from half way"}  # with every seed, the others with the first
 CLEAR = {"--codebook_restart_steps 0", "uniform, norm none, no restart"}  # far beyond the noise: one seed will do
-# the perceptual weight is a quarter of the default here, and so are the adversarial ones
+# the perceptual weight is a quarter of the default here, and the adversarial ones are a tenth
 ADVERSARIAL = {
     "none": "--adversarial_weight 0",
     "constant": "",

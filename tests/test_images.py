@@ -623,3 +623,13 @@ def test_libtiff_does_not_speak_for_itself(tmp_path, capfd):
         with pytest.raises(train_vqgan.Unreadable):
             train_vqgan.read_image(tmp_path / "a.tif", parsed())
     assert "ZIPDecode" not in capfd.readouterr().err
+
+
+def test_fault_says_its_reason_once(tmp_path):
+    """The cause of Unreadable has the same words. Red when it is added to them."""
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(train_vqgan.Unreadable) as caught:
+        train_vqgan.read_image(tmp_path / "a.png", parsed())
+    assert caught.value.__cause__ and train_vqgan.one_line(caught.value).count("cannot identify") == 1
+    caught.value.__cause__ = OSError("another reason")
+    assert train_vqgan.one_line(caught.value).endswith("(another reason)")
