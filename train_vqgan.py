@@ -164,7 +164,7 @@ def build_parser():
     add("--adaptive_weight", action="store_true", help="multiply the adversarial weight by the ratio of gradients of Esser et al., at most 100")
     add("--lecam_weight", type=weight, default=0.0, help="weight of LeCAM, which holds the discriminator's logits together when images are few")
     add("--discriminator_start", type=steps_or_fraction, help="first step of the discriminator, in steps or as a fraction of the run (default: 0.1, at most 20000 steps)")
-    add("--discriminator_warmup", type=steps_or_fraction, default=0.02, help="length of the ramp of the adversarial weight from there, in steps or as a fraction")
+    add("--discriminator_warmup", type=steps_or_fraction, help="length of the ramp of the adversarial weight from there, in steps or as a fraction (default: 0.02, at least the discriminator's warm-up)")
     add("--timm_model_backend", default="vgg19", help="timm model of the perceptual loss")
     add("--timm_model_layers", type=layers, help="its layers, names or indices separated by | or commas, or logits (default: all stages that are not pooling layers)")
     add("--timm_model_weights", default="hub", help="its weights: hub, a local file, the name of an installed package that ships one, or random")
@@ -748,11 +748,16 @@ class Schedule:
         else:  # however large the steps before were, and those to come are
             left = n_images * args.num_train_epochs - progress.get("samples_seen", 0)
             self.steps = taken + max(0, math.ceil(left / images_per_step))
-        self.flags = {name: getattr(args, name) for name in ("discriminator_start", "discriminator_warmup")}
+        own_warmup = 0 if args.discr_lr_scheduler == "constant" else args.lr_warmup_steps
+        unless_given = {
+            "discriminator_start": min(self.steps // 10, 20000),  # no published run waits much longer
+            "discriminator_warmup": max(round(0.02 * self.steps), own_warmup),  # not judged before it has learnt
+        }
+        self.flags = {name: getattr(args, name) for name in unless_given}
         for name, flag in self.flags.items():
-            step = flag if isinstance(flag, int) else round((flag or 0) * self.steps)
-            step = min(self.steps // 10, 20000) if flag is None else step  # no published run waits much longer
-            unchanged = earlier and not isinstance(flag, int) and earlier["flags"][name] == flag
+            flag = unless_given[name] if flag is None else flag
+            step = flag if isinstance(flag, int) else round(flag * self.steps)
+            unchanged = earlier and not isinstance(self.flags[name], int) and earlier["flags"][name] == self.flags[name]
             setattr(self, name, earlier[name] if unchanged else step)
         beyond = f"step {self.discriminator_start} is beyond the end of the run, at step {self.steps}"
         on = args.adversarial_weight and args.discriminator_start is not None and self.steps > taken

@@ -393,7 +393,7 @@ DESIGN = {  # from published runs
     "commitment_weight": 0.25,
     "adversarial_weight": 0.1,
     "discriminator_start": None,  # 10 %, at most 20,000
-    "discriminator_warmup": 0.02,
+    "discriminator_warmup": None,  # 2 %, at least as long as its learning rate warms up
     "timm_model_backend": "vgg19",
     "timm_model_layers": None,
     "timm_model_weights": "hub",

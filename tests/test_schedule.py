@@ -64,20 +64,24 @@ def test_scale_lr_reaches_the_optimisers(train):
 @pytest.mark.parametrize(
     "flags, steps, start, warmup",
     [
-        ([], 1000, 100, 20),
+        ([], 1000, 100, 500),  # the warm-up of the learning rate
+        (["--lr_warmup_steps", "5"], 1000, 100, 20),
+        (["--discr_lr_scheduler", "constant"], 1000, 100, 20),  # has no warm-up
         ([], 200_000, 20_000, 4000),
         ([], 1_000_000, 20_000, 20_000),  # 10 %, but at most 20,000 steps
-        ([], 5, 0, 0),
+        ([], 5, 0, 500),
         (["--discriminator_start", "0.3"], 1_000_000, 300_000, 20_000),  # the bound is on the default only
         (["--discriminator_start", "0.6", "--discriminator_warmup", "0.5"], 1000, 600, 500),
         (["--discriminator_start", "900", "--discriminator_warmup", "3000"], 1000, 900, 3000),
         (["--discriminator_start", "1", "--discriminator_warmup", "1"], 1000, 1, 1),  # one step
         (["--discriminator_start", "0.99", "--discriminator_warmup", "1.0"], 1000, 990, 1000),  # the whole run
-        (["--discriminator_start", "0"], 1000, 0, 20),
+        (["--discriminator_start", "0"], 1000, 0, 500),
+        (["--discriminator_warmup", "0.02"], 1000, 100, 20),  # taken as it is
     ],
 )
 def test_fractions_of_the_run(flags, steps, start, warmup):
-    """Red when min(..., 20000) is dropped or moved to given values, or whole numbers are multiplied too."""
+    """Red when min(..., 20000) is dropped or moved to given values, or whole numbers are multiplied too, or the default
+    ramp is shorter than the warm-up of the discriminator's learning rate."""
     schedule = scheduled(parse("--max_train_steps", steps, *flags))
     assert (schedule.discriminator_start, schedule.discriminator_warmup) == (start, warmup)
     assert type(schedule.discriminator_start) is type(schedule.discriminator_warmup) is int
@@ -85,7 +89,7 @@ def test_fractions_of_the_run(flags, steps, start, warmup):
 
 def test_fractions_of_a_run_given_in_epochs():
     """Red when the fractions are taken before the steps are known."""
-    args = parse("--num_train_epochs", 10, "--train_batch_size", 1, "--discriminator_start", 0.5)
+    args = parse("--num_train_epochs", 10, "--train_batch_size", 1, "--discriminator_start", 0.5, "--discriminator_warmup", 0.02)
     schedule = scheduled(args, images=20)
     assert (schedule.steps, schedule.discriminator_start, schedule.discriminator_warmup) == (200, 100, 4)
 
