@@ -80,6 +80,20 @@ def test_processes_are_one_with_the_same_global_batch(spied):
         assert relative_difference(alone["weights"], group[0]["weights"]) < 1e-9, name
 
 
+def test_processes_are_one_with_a_discriminator_on_features(spied, tmp_path):
+    """Its augmentation follows from the samples' numbers. Red when those do not count the other processes' images."""
+    config = {"_class_name": "FeatureDiscriminator", "backbone": "test_efficientnet", "backbone_weights": "random"}
+    config |= {"input_size": 32, "hidden_channels": 8, "norm_num_groups": 2, "augmentation": "translation,color,cutout"}
+    (tmp_path / "features.json").write_text(json.dumps(config))
+    more = [*BOTH_PLAYERS, "--max_train_steps", "6", "--gradient_accumulation_steps", "2", "--lr_warmup_steps", "2"]
+    more += ["--discriminator_config_name_or_path", str(tmp_path / "features.json")]
+    (alone,) = spied(1, *more, "--train_batch_size", "4", name="alone")
+    pair = spied(2, *more, "--train_batch_size", "2", name="pair")
+    for player in ("generator", "discriminator"):
+        assert relative_difference(alone["gradients"][player], pair[0]["gradients"][player]) < 1e-9, player
+    assert relative_difference(alone["weights"], pair[0]["weights"]) < 1e-9
+
+
 def test_gradients_agree_in_fp32(spied):
     """The same in the precision people train in: the first gradients to 1e-5."""
     more = [*BOTH_PLAYERS, "--max_train_steps", "1", "--gradient_accumulation_steps", "2"]

@@ -89,7 +89,9 @@ def test_fractions_of_the_run(flags, steps, start, warmup):
 
 def test_fractions_of_a_run_given_in_epochs():
     """Red when the fractions are taken before the steps are known."""
-    args = parse("--num_train_epochs", 10, "--train_batch_size", 1, "--discriminator_start", 0.5, "--discriminator_warmup", 0.02)
+    args = parse(
+        "--num_train_epochs", 10, "--train_batch_size", 1, "--discriminator_start", 0.5, "--discriminator_warmup", 0.02
+    )
     schedule = scheduled(args, images=20)
     assert (schedule.steps, schedule.discriminator_start, schedule.discriminator_warmup) == (200, 100, 4)
 
