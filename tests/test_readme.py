@@ -1,4 +1,4 @@
-"""The README: its commands parse, its JSON is JSON, its links lead somewhere, its flags exist."""
+"""The README and docs: their commands parse, their JSON is JSON, their links lead somewhere, their flags exist."""
 
 import json
 import re
@@ -9,7 +9,8 @@ from conftest import REPOSITORY
 
 import train_vqgan
 
-TEXT = (REPOSITORY / "README.md").read_text()
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
 COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
@@ -35,10 +36,19 @@ def test_json_blocks():
     assert blocks and all(json.loads(block) for block in blocks)
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", TEXT) if "://" not in link]
-    links += re.findall(r'src="([^"]+)"', TEXT)
-    assert links and not [link for link in links if not (REPOSITORY / link).exists()]
+@pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "benchmarks" / "README.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    """Headings too. Red when a page or a section is renamed."""
+    text = page.read_text()
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        titles = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if heading else []
+        assert not heading or heading in [
+            re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles
+        ], link
 
 
 def test_flags_exist():
