@@ -20,7 +20,7 @@ from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_vqgan import UserError, require, user_error  # noqa: E402
+from train_vqgan import WRITE_ERRORS, UserError, require, user_error  # noqa: E402
 
 FAMILIES = {  # what each calls the blocks in the middle; the last tells them apart
     "taming": {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"},  # and latent-diffusion
@@ -72,7 +72,7 @@ def read_tensors(path):
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes of the reader
-        named = re.search(r"GLOBAL (\S+)", str(error))
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = f"it asks for {named[1]}, which is not known to be harmless" if named else "damaged, or something else"
         raise UserError(f"no checkpoint that can be read: {why}") from error
     content = content if isinstance(content, dict) else {}
@@ -184,7 +184,7 @@ def main(argv=None):
         model, family = convert(read_tensors(args.checkpoint))
         factor, unit = 2 ** (len(model.config.block_out_channels) - 1), family == "MaskGIT"  # its pixels are in [0, 1]
         processor = VaeImageProcessor(vae_scale_factor=factor, do_normalize=not unit, do_convert_rgb=True)
-        with user_error(f"OUTPUT {args.output} cannot be written", OSError):
+        with user_error(f"OUTPUT {args.output} cannot be written", WRITE_ERRORS):
             model.save_pretrained(args.output / "vqmodel")
             processor.save_config(args.output / "image_processor")
     except UserError as error:

@@ -241,13 +241,16 @@ def test_a_first_stage_is_taken_out_of_a_latent_diffusion_model(convert):
     assert torch.equal(exported(folder)["encoder.conv_in.weight"], state["encoder.conv_in.weight"])
 
 
-def test_the_training_script_takes_a_converted_model(convert, flags, tmp_path):
-    """At learning rate 0 it exports what it got. Red when the layout is another, such as no vqmodel/."""
-    folder, _ = convert(state_of("taming"))
+@pytest.mark.parametrize("kind", ["taming", "open_muse"])
+def test_the_training_script_takes_a_converted_model(convert, flags, tmp_path, kind):
+    """At learning rate 0 it exports what it got. Red when the layout is another, such as model/ for vqmodel/."""
+    folder, said = convert(state_of(kind))
     flags = without(flags, "--model_config_name_or_path")
-    more = ["--pretrained_model_name_or_path", str(folder), "--learning_rate", "0", "--max_train_steps", "1"]
-    assert train_vqgan.main([*flags, *more]) == 0
+    named = said.split("For train_vqgan.py: ")[1].split()  # with --pixel_range where it is needed
+    assert train_vqgan.main([*flags, *named, "--learning_rate", "0", "--max_train_steps", "1"]) == 0
     assert equal(exported(folder), exported(tmp_path / "run"))
+    processors = [VaeImageProcessor.load_config(path / "image_processor") for path in (folder, tmp_path / "run")]
+    assert processors[0] == processors[1]
 
 
 # ---- Files that hold more than tensors, or something else ----------------------------------------------------------
