@@ -2821,8 +2821,8 @@ def folder(value):
 
 
 FOREIGN = (
-    "{} is a single file; checkpoints of taming-transformers, LDM, LlamaGen or MaskGIT are not read; convert them to a "
-    "diffusers VQModel directory (vqmodel/ of a run, or a Hub id) first"
+    "{} is a single file; name a directory or a Hub id; scripts/convert_to_diffusers.py makes a directory of a checkpoint "
+    "of taming-transformers, LDM, LlamaGen or MaskGIT"
 )
 file = accepted(os.path.isfile, "no such file: {}")
 config = accepted(lambda path: not path.endswith(".json") or os.path.isfile(path), "no such file: {}")
