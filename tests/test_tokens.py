@@ -120,9 +120,7 @@ def test_smallest_integer_type(tokens, photos, tmp_path, codes, smallest):
 
 
 def test_the_readmes_way_back_gives_validations_reconstructions(tokens, model, photos, tmp_path, monkeypatch, capsys):
-    """Bit for bit at the same batch size. Red when get_codebook_entry's vectors go through another quantiser's rounding,
-    or the README's lines leave out the permutation.
-    """
+    """Bit for bit at the same batch size. Red when the README's lines permute otherwise."""
     flags = ["--eval_only", "--pretrained_model_name_or_path", model, "--validation_data_dir", photos]
     flags += ["--resolution", "16", "--train_batch_size", "7", "--save_reconstructions", tmp_path / "saved"]
     assert train_vqgan.main([*map(str, flags), "--perceptual_weight", "0", "--lpips_weights", "none"]) == 0
@@ -169,12 +167,15 @@ def test_what_cannot_be_read_is_left_out_and_counted(tokens, photos, tmp_path, c
 
 def test_kept_columns(tokens, photos, tmp_path):
     """With their types; a picture keeps its bytes. Red when media are decoded on the way."""
-    folder = as_dataset(photos, tmp_path / "set")
+    (tmp_path / "jpegs").mkdir()
+    for path in photos.iterdir():
+        PIL.Image.open(path).save(tmp_path / "jpegs" / f"{path.stem}.jpg", quality=60)
+    folder = as_dataset(tmp_path / "jpegs", tmp_path / "set")
     _, rows = tokens("--dataset_name", folder, "--keep_columns", "label", "image", "--shard_size", "4")
     assert rows.column_names == ["codes", "source", "label", "image"]
     assert rows.features["label"].names == ["a", "b"] and list(rows["label"][:]) == [0, 1, 0, 1, 0, 1, 0]
     kept = rows.with_format(None).cast_column("image", datasets.Image(decode=False))["image"]
-    assert [image["bytes"] for image in kept] == [(photos / f"{i}.png").read_bytes() for i in range(7)]
+    assert [image["bytes"] for image in kept] == [(tmp_path / "jpegs" / f"{i}.jpg").read_bytes() for i in range(7)]
 
 
 def test_the_same_command_goes_on(tokens, model, photos, tmp_path, monkeypatch):
