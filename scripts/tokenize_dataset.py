@@ -173,7 +173,8 @@ def tokenize(args):
     total = {name: sum(shard[name] for shard in done.values()) for name in ("images", "unreadable")}
     require(total["images"], "none of the images can be read")
     total |= {"shards": len(done), "num_codes": codes, "height": side, "width": side}
-    accelerator.print(json.dumps(total), flush=True)
+    if accelerator.is_main_process:
+        print(json.dumps(total), flush=True)
     accelerator.end_training()
     return 0
 

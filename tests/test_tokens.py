@@ -1,5 +1,6 @@
 """scripts/tokenize_dataset.py: images to codes and back."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -252,6 +253,24 @@ def test_one_line_says_what_is_wrong(error, photos, tmp_path, flags, said):
     places = {"PHOTOS": photos, "SET": as_dataset(photos, tmp_path / "SET")}
     places |= {name: tmp_path / name for name in ("EMPTY", "BROKEN")}
     assert error(*[places.get(flag, flag) for flag in flags]).startswith(said)
+
+
+def test_a_full_disk_and_a_broken_stream(error, tokens, photos, tmp_path, monkeypatch):
+    """One line each, and what was whole before stays. Red when errors of a stream or of writing are not caught."""
+    flags = ["--dataset_name", as_dataset(photos, tmp_path / "set"), "--streaming", "--shard_size", "3"]
+    original = train_vqgan.sync
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train_vqgan, "sync", full)
+    assert re.search("--output_dir: cannot write .*; make room; the same command goes on", error(*flags))
+    monkeypatch.setattr(train_vqgan, "sync", original)
+    good = (tmp_path / "set" / "train.parquet").read_bytes()
+    (tmp_path / "set" / "train.parquet").rename(tmp_path / "set" / "train-0.parquet")
+    (tmp_path / "set" / "train-1.parquet").write_bytes(good[:400])
+    assert error(*flags).startswith("--streaming: ")
+    assert len(loaded(tmp_path / "codes")) == 6
 
 
 @pytest.mark.parametrize("changed", ["resolution", "data", "model", "damaged"])
