@@ -1514,14 +1514,14 @@ def load_data(args, seed):
     items = held_out = identity = None
     if not args.eval_only or args.validation_fraction:
         if args.dataset_name:
-            items, identity = load_split(args, "train")
+            items, identity = load_split("--dataset_name", "train", args)
         else:
             items = list_images("--train_data_dir", args.train_data_dir or REPOSITORY / "images" / "train", args)
             identity = items.identity
     if args.validation_data_dir:
         held_out = list_images("--validation_data_dir", args.validation_data_dir, args)
     elif args.validation_split:
-        held_out, _ = load_split(args, args.validation_split)
+        held_out, _ = load_split("--validation_split", args.validation_split, args)
     if args.streaming or items is None:
         return items, held_out, identity
     n_held_out = max(1, round(args.validation_fraction * len(items))) if args.validation_fraction else 0
@@ -1608,10 +1608,12 @@ def list_images(flag, folder, args):
     return ImageFiles(folder, images)
 
 
-def load_split(args, split):
-    """(images, undecoded, identity) of one split of --dataset_name: saved, of a local directory, or on the Hub."""
+def load_split(flag, split, args, beside=()):
+    """(images, undecoded, identity) of one split of --dataset_name: saved, of a local directory, or on the Hub.
+
+    A stream has rows, with the columns named `beside` the image's, too.
+    """
     name, path, column = args.dataset_name, Path(args.dataset_name), args.image_column
-    flag = "--dataset_name" if split == "train" else "--validation_split"
     options = {"split": split, "cache_dir": args.cache_dir, "streaming": args.streaming}
     require(not path.is_file(), f"{flag}: {name} is a file; give the folder that holds it")
     if path.exists():
@@ -1649,9 +1651,9 @@ def load_split(args, split):
     listed = f"columns that may hold images: {', '.join(images) or 'none'}; all: {', '.join(features)}"
     require(known, f"--image_column: '{column}' is no column of images in {name}; {listed}")
     if args.streaming:
-        dataset = dataset.select_columns([column])  # the others are not even decoded
-        # as undecoded images, also where a stream does not know its columns
-        return dataset.cast(datasets.Features({column: datasets.Image(decode=False)})), identity
+        # as undecoded images, also where a stream does not know its columns; those left out are not even decoded
+        wanted = {column: datasets.Image(decode=False)} | {key: features[key] for key in beside if key in features}
+        return dataset.select_columns([*wanted]).cast(datasets.Features(wanted)), identity
     require(len(dataset), f"--dataset_name: {name} has no images in its {split} split")
     n_files = sum(Path(file).suffix.lower() in IMAGE_SUFFIXES for file, _ in files)
     if len(dataset) < n_files:

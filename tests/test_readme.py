@@ -52,11 +52,13 @@ def test_links_lead_somewhere(page):
 
 
 def test_flags_exist():
-    """Every --flag in the README and the recipes is one of the script's or of its launchers'."""
+    """Every --flag in the README and the recipes is one of the scripts' or of their launchers'."""
     texts = [TEXT, *(path.read_text() for path in (REPOSITORY / "recipes").iterdir())]
     texts = [text.replace("--no-", "--") for text in texts]
     named = {flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z0-9_]+", text)}
     known = set(train_vqgan.build_parser()._option_string_actions)
+    for script in (REPOSITORY / "scripts").glob("*.py"):
+        known |= set(re.findall(r'"(--[a-z0-9_]+)"', script.read_text()))
     launchers = {"--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
     assert named - known - launchers - set(train_vqgan.REMOVED_FLAGS) == set()
 

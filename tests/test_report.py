@@ -1,0 +1,172 @@
+"""scripts/report.py: the page, as a browser shows it."""
+
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import REPOSITORY
+
+import train_vqgan
+
+spec = importlib.util.spec_from_file_location("report", REPOSITORY / "scripts" / "report.py")
+report = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(report)
+RED, BLUE, GREEN = (220, 10, 10), (10, 10, 220), (10, 220, 10)
+
+
+@pytest.fixture
+def run(train, photos):
+    """The output directory of a run with two validations."""
+    images = ["--validation_images", str(photos / "0.png"), str(photos / "3.png"), "--validation_fraction", "0.3"]
+    return train(*images, "--validation_steps", "1", "--log_steps", "1", "--learning_rate", "0.002")
+
+
+def made(*arguments):
+    """The page that the script writes."""
+    assert report.main([*map(str, arguments)]) == 0
+    arguments = [*map(str, arguments)]
+    at = arguments.index("--output") if "--output" in arguments else None
+    return (report.Path(arguments[at + 1]) if at else report.Path(arguments[0]) / "report.html").read_text()
+
+
+def test_page_of_one_run(run):
+    """Everything is in it, and nothing comes from elsewhere. Red when a section or the protocol is left out."""
+    page = made(run)
+    assert not re.search(r"""(src|href)=|https?://|@import|url\((?!data:)""", page)
+    assert page.count("data:image/png;base64,") == 2 and page.count("<figure") == 4
+    assert "0.png, " in page and "3.png, " in page and ">step 1<" in page and ">step 2<" in page
+    lines = train_vqgan.read_metrics(report.SimpleNamespace(output_dir=run))
+    held_out = next(line for line in reversed(lines) if "protocol" in line)
+    assert held_out["step"] == 2
+    for name, value in held_out.items():
+        if name.startswith("val/"):
+            assert f"<td>{name}</td><td>{value:.5g}</td>" in page, name
+    assert f"<td>crop</td><td>{held_out['protocol']['crop']}</td>" in page
+    assert "<td>vqmodel num_vq_embeddings</td><td>32</td>" in page and "<td>learning_rate</td><td>0.002</td>" in page
+    drawn = {line.split(", ")[0].split(";")[0] for line in re.findall(r'text-anchor="start">([^<]*)<', page)}
+    assert {"loss/pixel", "codebook/used", "codebook/perplexity", "opt/grad_norm", "val/psnr_n2"} <= drawn
+
+
+def test_command_makes_the_same_run(run):
+    """Red when a flag with several values, a switch or a value that differs from its default is lost."""
+    (command,) = re.findall(r"<pre>(.*?)</pre>", made(run), re.S)
+    words = shlex.split(command)
+    assert words[:3] == ["accelerate", "launch", "train_vqgan.py"]
+    (card,) = re.findall(r"\nFlags.*```\n(.*?)\n```", (run / "README.md").read_text(), re.S)
+    flags = dict(line.split(": ", 1) for line in card.splitlines() if not line.startswith("derived/"))
+    given = {word.removeprefix("--") for word in words if word.startswith("--")}
+    assert {"resolution", "train_batch_size", "validation_images", "learning_rate", "max_train_steps"} <= given
+    assert "adam_beta1" not in given and "vae_loss" not in given
+    parser = train_vqgan.build_parser()
+    for action in parser._actions:  # the card has names of files, not their places
+        action.type = None if action.dest.endswith(("_path", "_dir", "_images")) else action.type
+    again = vars(parser.parse_args(words[3:]))
+    for name, value in flags.items():
+        said = again[name] if again[name] is not None else train_vqgan.parse_args([]).__dict__[name]
+        assert (" ".join(said) if isinstance(said, list) else str(said)) == value, name
+
+
+def test_two_runs_side_by_side(run, tmp_path):
+    """Rows that differ are marked, others are not; both are in each chart. Red when rows are compared by key only."""
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    for path in (other / "README.md", other / "vqmodel" / "config.json"):
+        text = path.read_text()
+        assert "learning_rate: 0.002" in text or '"act_fn": "silu"' in text
+        path.write_text(text.replace("learning_rate: 0.002", "learning_rate: 0.05").replace('"silu"', '"relu"'))
+    page = made(run, other, "--output", tmp_path / "both.html")
+    marked = re.findall(r'<tr><td class="differs">(.*?)</td>', page)
+    assert {"vqmodel act_fn", "learning_rate"} <= set(marked) and "vqmodel in_channels" not in marked
+    assert not [name for name in marked if name.startswith("val/")]
+    svgs = re.findall(r"<svg.*?</svg>", page, re.S)
+    assert svgs and all(set(report.COLOURS[:2]) <= set(re.findall(r'stroke="(#\w+)"', svg)) for svg in svgs)
+
+
+def test_names_are_escaped(run, tmp_path):
+    """Red without escape()."""
+    odd = tmp_path / "<b>odd & run"
+    shutil.copytree(run, odd)
+    page = made(odd)
+    assert "<b>" not in page and "&lt;b&gt;odd &amp; run" in page
+
+
+def test_unfinished_and_bare_runs(run):
+    """Without the final export the newest checkpoint's; numbers that are no numbers and a cut line are passed over."""
+    for name in ("vqmodel", "discriminator"):
+        shutil.rmtree(run / name)
+    shutil.rmtree(run / "validation")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss/pixel": NaN, "loss/perceptual": Infinity}\n{"step": 4, "loss/pi')
+    page = made(run)
+    assert "No --validation_images." in page and "<td>vqmodel num_vq_embeddings</td><td>32</td>" in page
+    assert "nan" not in re.sub("base64,[^)]*", "", page) and "loss/pixel" in page
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "empty"])
+def test_one_line_where_there_is_no_run(tmp_path, capsys, folder):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path / folder)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("report.py: error: ") and "no output_dir of a training run" in said
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """browse(page, script) -> (a picture of the page after the script, what the script left as the page's title)."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no chromium: apt-get install chromium")
+
+    def run(page, script):
+        path, shot = tmp_path / "page.html", tmp_path / "shot.png"
+        path.write_text(page.replace("</body>", f"<script>{script}</script></body>"))
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--hide-scrollbars"]
+        options += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"]
+        options += ["--window-size=1100,900"]
+        for more in ([f"--screenshot={shot}"], ["--dump-dom"]):
+            done = subprocess.run(
+                [chromium, *options, *more, path.as_uri()], capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+        title = re.search(r"<head>.*?<title>(.*?)</title>", done.stdout, re.S)
+        return np.array(PIL.Image.open(shot).convert("RGB")), title[1]
+
+    return run
+
+
+@pytest.mark.slow
+def test_slider_in_a_browser(run, browse):
+    """Originals are red, reconstructions blue, differences green: the slider says how much is seen of the first two.
+
+    Red when a part of the strip is shown at another's place, the slider moves nothing, or a picture does not load.
+    """
+    for strip in (run / "validation").iterdir():
+        row = np.repeat(np.array([RED, BLUE, GREEN], np.uint8)[None], 16, axis=1)
+        PIL.Image.fromarray(np.repeat(row, 32, axis=0)).save(strip)
+    page = made(run)
+    script = """
+        const moved = document.querySelectorAll('details[open] input')
+        for (const slider of moved) { slider.value = VALUE; slider.dispatchEvent(new Event('input')) }
+        const curves = [...document.querySelectorAll('polyline')]
+        const inside = curves.every(c => { const b = c.getBBox(), s = c.ownerSVGElement
+            return b.x >= 0 && b.y >= 0 && b.x + b.width <= s.width.baseVal.value && b.y + b.height <= s.height.baseVal.value })
+        const fetched = performance.getEntriesByType('resource').filter(entry => !entry.name.startsWith('data:'))
+        document.title = JSON.stringify([moved.length, curves.length, inside, fetched.length])
+    """
+    seen = {}
+    for value in (0, 50, 100):
+        shot, title = browse(page, script.replace("VALUE", str(value)))
+        sliders, curves, inside, fetched = json.loads(title)
+        assert sliders == 2 and curves > 10 and inside and fetched == 0
+        seen[value] = [int((shot == colour).all(2).sum()) for colour in (RED, BLUE, GREEN)]
+    area = 2 * 160 * 160
+    assert seen[0] == [0, area, area] and seen[100] == [area, 0, area]
+    assert seen[50] == pytest.approx([area / 2, area / 2, area], rel=0.02)
