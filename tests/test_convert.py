@@ -341,10 +341,10 @@ def test_a_malicious_file_runs_nothing(refusal, tmp_path, name):
 
 
 def test_a_file_cannot_call_what_stands_in(refusal, tmp_path, monkeypatch):
-    """A stand-in gets the arguments of a call and keeps none. Red when Inert sets attributes from its state."""
-    thing = Malicious(argparse.Namespace, 1, 2)
+    """Arguments and state come to nothing. Red when Inert takes no arguments."""
     monkeypatch.setattr(argparse.Namespace, "__init__", lambda self, *args: None)
-    torch.save({"x": [thing], "y": filled(argparse.Namespace, __class__="x", keys=1)}, tmp_path / "last.ckpt")
+    things = [Malicious(argparse.Namespace, 1, 2), filled(argparse.Namespace, __class__="x", keys=1)]
+    torch.save({"x": things}, tmp_path / "last.ckpt")
     assert "no encoder.conv_in.weight among its 0 tensors" in refusal(tmp_path / "last.ckpt")
 
 
