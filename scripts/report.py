@@ -110,20 +110,21 @@ def chart(title, curves):
     left, right, low, high = min(steps), max(steps), min(values), max(values)
     scale = math.log if title.startswith("loss/") and low > 0 else float
     others = {name for _, name, _ in curves} - {title}
-    said = escape(title) + ", log scale" * (scale is math.log) + "".join(f"; dashed: {escape(name)}" for name in others)
-    labels = [(50, 14, "start", said), (46, 29, "end", f"{high:.3g}"), (46, 154, "end", f"{low:.3g}")]
-    labels += [(50, 166, "start", left), (310, 166, "end", right)]
+    said = escape(title) + ", log scale" * (scale is math.log)
+    said += "".join(f"; dashed: {escape(name.split('/')[1])}" for name in others)
+    labels = [(0, 14, "start", said), (66, 29, "end", f"{high:.3g}"), (66, 154, "end", f"{low:.3g}")]
+    labels += [(70, 166, "start", left), (330, 166, "end", right)]
     drawn = "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in labels)
     for run, name, points in curves:
         place = []
         for step, value in points[:: math.ceil(len(points) / 500)] + points[-1:]:
             x = (step - left) / ((right - left) or 1)
             y = (scale(value) - scale(low)) / ((scale(high) - scale(low)) or 1)
-            place.append(f"{50 + 260 * x:.1f},{150 - 125 * y:.1f}")
+            place.append(f"{70 + 260 * x:.1f},{150 - 125 * y:.1f}")
         dashes = 'stroke-dasharray="4 3"' if name in others else ""
         last = f"<title>{escape(run.name)}: {points[-1][1]:.5g} at step {points[-1][0]}</title>"
         drawn += f'<polyline points="{" ".join(place)}" stroke="{run.colour}" {dashes}>{last}</polyline>'
-    return f'<svg width="330" height="170"><path d="M50 25V150H310" fill="none" stroke="#aaa"/>{drawn}</svg>'
+    return f'<svg width="340" height="170"><path d="M70 25V150H330" fill="none" stroke="#aaa"/>{drawn}</svg>'
 
 
 def table(runs, columns):
