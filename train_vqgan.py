@@ -72,7 +72,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 import torchmetrics.functional.image
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import (
     GradientAccumulationPlugin,
     ProjectConfiguration,
@@ -87,6 +87,7 @@ from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from diffusers.models.upsampling import Upsample2D
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -99,7 +100,6 @@ from discriminator import (
     TimmFeatures,
     TimmModel,
     TimmPooled,
-    check_backbone,
     choose_stages,
     load_backbone,
     lpips_heads,
@@ -124,6 +124,7 @@ class UserError(Exception):
 def build_parser():
     """The table of flags."""
     parser = Parser(prog="train_vqgan.py", description=__doc__.split("\n")[0], fromfile_prefix_chars="@", allow_abbrev=False, formatter_class=HelpFormatter)
+    parser.register("type", None, text)  # of flags that name no type
     schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     positive, count, weight = number(int, 1), number(int, 0), number(float, 0)
 
@@ -178,7 +179,7 @@ def build_parser():
     add = parser.group("optimisation")
     add("--train_batch_size", type=positive, default=16, help="images per process and micro-batch")
     add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches per step")
-    add("--num_train_epochs", type=number(float, above=0), default=100.0, help="passes over the data, when --max_train_steps is not given")
+    add("--num_train_epochs", type=number(float, 1e-30), default=100.0, help="passes over the data, when --max_train_steps is not given")
     add("--max_train_steps", type=positive, help="steps of the run")
     add("--learning_rate", type=weight, default=1e-4, help="peak learning rate of the generator")
     add("--discr_learning_rate", type=weight, default=1e-4, help="peak learning rate of the discriminator")
@@ -189,7 +190,7 @@ def build_parser():
     add("--adam_beta1", type=number(float, 0, 0.99999), default=0.9, help="AdamW beta1")
     add("--adam_beta2", type=number(float, 0, 0.99999), default=0.99, help="AdamW beta2")
     add("--adam_weight_decay", type=weight, default=1e-4, help="AdamW weight decay; none on codebook, norms and biases")
-    add("--adam_epsilon", type=number(float, above=0), default=1e-8, help="AdamW epsilon")
+    add("--adam_epsilon", type=number(float, 1e-30), default=1e-8, help="AdamW epsilon")
     add("--use_8bit_adam", fixed=True, action="store_true", help="8-bit AdamW of bitsandbytes")
     add("--max_grad_norm", type=weight, default=1.0, help="clip each network's gradient to this norm; 0: never")
     add("--max_bad_steps", type=positive, default=50, help="stop after this many steps in a row whose loss or gradient is not finite; fp16 takes some to find its scale")
@@ -238,26 +239,26 @@ def build_parser():
 def parse_args(argv=None):
     """Flags to a namespace; what cannot work ends here, before anything is loaded or written."""
     parser = build_parser()
-    try:  # once: a recipe may come through a pipe
-        argv = parser._read_args_from_files([*(sys.argv[1:] if argv is None else argv)])
-    except (UnicodeDecodeError, RecursionError) as error:
-        parser.error(f"a recipe after @ cannot be read: {one_line(error)}")
-    parser.fromfile_prefix_chars = None
-    given = parser.parse_args(argv)
     try:
-        check_args(given)
+        args = parser.parse_args(argv)
+        check_args(args)
     except UserError as error:
         parser.error(str(error))
+    except (UnicodeDecodeError, RecursionError) as error:
+        parser.error(f"a recipe after @ cannot be read: {one_line(error)}")
+    pretrained = args.pretrained_model_name_or_path
+    held_out = args.validation_data_dir or args.validation_split or args.streaming
     # The defaults of these depend on other flags: a pretrained model keeps its codes as they are.
-    pretrained = given.pretrained_model_name_or_path
-    held_out = given.validation_data_dir or given.validation_split or given.streaming
-    parser.set_defaults(
-        codebook_init="keep" if pretrained else "sphere",
-        codebook_norm="none" if pretrained else "l2",
-        codebook_restart_steps=0 if pretrained else 100,
-        validation_fraction=0.0 if held_out else 0.01,
-    )
-    return parser.parse_args(argv)
+    defaults = {
+        "codebook_init": "keep" if pretrained else "sphere",
+        "codebook_norm": "none" if pretrained else "l2",
+        "codebook_restart_steps": 0 if pretrained else 100,
+        "validation_fraction": 0.0 if held_out else 0.01,
+    }
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    return args
 
 
 # ---- Objectives ----------------------------------------------------------------------------------------------------
@@ -859,11 +860,8 @@ class Run:
         with accelerator.local_main_process_first():  # downloads once per machine
             self.items, held_out, self.data_identity = load_data(args, self.seed)
             perceptual = build_perceptual(args)
-            self.evaluator = None
-            if held_out is not None:
-                self.evaluator = Evaluator(accelerator, held_out, perceptual, args, self.seed)
-        none_left = "--save_best: no image is left to hold out; name some with --validation_data_dir"
-        require(self.evaluator or not args.save_best, none_left)
+            self.evaluator = held_out and Evaluator(accelerator, held_out, perceptual, args, self.seed)
+        require(self.evaluator or not args.save_best, "--save_best: no image to hold out; see --validation_data_dir")
         n_images = None if args.streaming else len(self.items)
         self.schedule = Schedule(args, self.images_per_step, n_images, progress)
         self.state = TrainingState(generator, discriminator, self.schedule, args, accelerator)
@@ -881,11 +879,8 @@ def build_generator(args):
     where = {"subfolder": args.subfolder, "revision": args.revision, "cache_dir": args.cache_dir}
     if args.pretrained_model_name_or_path:
         flag, source = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-        if Path(source).is_dir():
-            inner = Path(source) / (where.pop("subfolder") or "vqmodel")
-            source = str(inner) if inner.is_dir() or args.subfolder else source
-        elif not args.subfolder and not Path(source).exists():
-            logger.info(f"Contacting the Hugging Face Hub for {source}/vqmodel")
+        if not args.subfolder:
+            logger.info(f"Looking for {source}/vqmodel, on the Hugging Face Hub if there is no such folder")
             with suppress(OSError):  # not there, or read_config says why
                 VQModel.load_config(source, **where | {"subfolder": "vqmodel"})
                 where["subfolder"] = "vqmodel"
@@ -913,17 +908,17 @@ def load_pretrained(network, flag, source, **where):
         try:
             model, report = network.from_pretrained(source, **options)
         except OSError:
-            folder = f"{where['subfolder']}/" if where.get("subfolder") else ""
-            files = [f"{folder}diffusion_pytorch_model.fp16.safetensors"]  # nearly always, when a cache cannot say
+            folder = where.get("subfolder") or ""
+            files = ["diffusion_pytorch_model.fp16.safetensors"]  # nearly always, when a cache cannot say
             if Path(source).is_dir():
-                files = os.listdir(source)
+                files = os.listdir(Path(source) / folder)
             else:
                 with suppress(OSError):
-                    files = HfApi().list_repo_files(source, revision=where.get("revision"))
-            pattern = re.compile(re.escape(folder) + r"diffusion_pytorch_model\.([^.]+)\.(safetensors|bin)")
+                    found = map(Path, HfApi().list_repo_files(source, revision=where.get("revision")))
+                    files = [file.name for file in found if file.parent == Path(folder)]
+            pattern = re.compile(r"diffusion_pytorch_model\.([^.]+)\.(safetensors|bin)")
             variants = sorted({match[1] for match in map(pattern.fullmatch, files) if match})
-            several = f"{flag}: {source} holds several variants of the weights, {', '.join(variants)}"
-            require(len(variants) < 2, f"{several}; rename one to diffusion_pytorch_model.safetensors")
+            require(len(variants) < 2, f"{flag}: {source} holds several variants, {', '.join(variants)}; rename one")
             if not variants:
                 raise
             logger.info(f"{source} holds no plain weight file: taking its variant {variants[0]}")
@@ -945,17 +940,8 @@ def read_config(flag, source, *networks, **where):
         path = path / (where.get("subfolder") or "") / "config.json"
         require(path.is_file(), f"{flag}: no config.json in {path.parent}")
     if path.is_file():
-        with user_error(f"{flag}: {path} is no text file", (UnicodeDecodeError, OSError)):
-            text = path.read_text(encoding="utf-8-sig")
-        try:
-            config = json.loads(text)
-        except json.JSONDecodeError as error:
-            before = text[: error.pos + 1].rstrip("]} \t\r\n")
-            line, column, message = error.lineno, error.colno, error.msg
-            if before.endswith(",") and text[len(before) :].lstrip()[:1] in ("]", "}"):  # say where the comma is
-                line, column = before.count("\n") + 1, len(before) - (before.rfind("\n") + 1)
-                message = "trailing comma; JSON has none after the last item"
-            raise UserError(f"{flag}: {path}, line {line}, column {column}: {message}") from error
+        with user_error(f"{flag}: {path}", (OSError, ValueError)):
+            config = read_json(path.read_text(encoding="utf-8-sig"))
         require(isinstance(config, dict), f"{flag}: {path} holds no JSON object")
     else:
         logger.info(f"Contacting the Hugging Face Hub for the config of {source}")
@@ -965,28 +951,38 @@ def read_config(flag, source, *networks, **where):
     kinds = {network.__name__: network for network in networks}
     kind = config.get("_class_name", networks[0].__name__)
     require(kind in kinds, f"{flag}: {source} is the config of {kind}, not of {' or '.join(kinds)}")
-    network = kinds[kind]
-    known = [name for name in inspect.signature(network.__init__).parameters if name != "self"]
+    known = [name for name in inspect.signature(kinds[kind].__init__).parameters if name != "self"]
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     for key in config:
         close = difflib.get_close_matches(key, known, 1, 0.5) or known
-        unknown = f"{flag}: {source}: {network.__name__} has no '{key}'; did you mean {' or '.join(close)}?"
-        require(key in known, unknown)
+        suggestion = f"did you mean {' or '.join(close)}?"
+        require(key in known, f"{flag}: {source}: {kind} has no '{key}'; {suggestion}")
     return config | {"_class_name": kind}
+
+
+def read_json(text):
+    """json.loads, which says of a trailing comma what it is, and where."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        comma = re.search(r",\s*[]}]$", text[: error.pos + 1])
+        if comma:
+            raise json.JSONDecodeError(
+                "trailing comma; JSON has none after the last item", text, comma.start()
+            ) from error
+        raise
 
 
 def check_vqmodel_config(flag, config, resolution):
     """UserError for a VQModel config that cannot train at this resolution, in diffusers' words where it has some."""
-    lists = ("block_out_channels", "down_block_types", "up_block_types")
-    filled = all(isinstance(config.get(key, [1]), (list, tuple)) and config.get(key, [1]) for key in lists)
-    require(filled, f"{flag}: {', '.join(lists)} must be lists")
-    lengths = [len(config.get(key, [1])) for key in lists]
-    listed = ", ".join(f"{key} {length}" for key, length in zip(lists, lengths))
-    require(len(set(lengths)) == 1, f"{flag}: these lists need the same length: {listed}")
+    keys = ("block_out_channels", "down_block_types", "up_block_types")
+    lists = [config.get(key, [1]) for key in keys]
+    lengths = {len(value) if isinstance(value, (list, tuple)) else 0 for value in lists}
+    require(len(lengths) == 1 and all(lengths), f"{flag}: {', '.join(keys)} must be lists of the same length")
     norm = config.get("norm_type", "group")
     require(norm in ("group", "spatial"), f"{flag}: norm_type: {norm!r} is not one of group, spatial")
-    factor = 2 ** (lengths[0] - 1)
-    nearest = max(factor, round(resolution / factor) * factor)
+    factor = 2 ** (len(lists[0]) - 1)
+    nearest = max(1, round(resolution / factor)) * factor
     divisible = f"{resolution} is not divisible by the model's downsampling {factor}; {nearest} is"
     require(resolution % factor == 0, f"--resolution: {divisible}")
     x = torch.zeros(1, 3, resolution, resolution, device="meta")
@@ -1047,9 +1043,7 @@ def build_discriminator(args):
     where, kinds = {"cache_dir": args.cache_dir}, {network.__name__: network for network in DISCRIMINATORS}
     if args.pretrained_discriminator_name_or_path:
         flag, source = "--pretrained_discriminator_name_or_path", args.pretrained_discriminator_name_or_path
-        if (Path(source) / "discriminator").is_dir():
-            source = str(Path(source) / "discriminator")
-        elif not Path(source).is_dir():
+        if (Path(source) / "discriminator").is_dir() or not Path(source).is_dir():
             where["subfolder"] = "discriminator"
         network = kinds[read_config(flag, source, *DISCRIMINATORS, **where)["_class_name"]]
         discriminator = load_pretrained(network, flag, source, **where)
@@ -1061,8 +1055,7 @@ def build_discriminator(args):
     rgb = getattr(discriminator.config, "in_channels", 3) == 3
     require(rgb, f"{flag}: in_channels must be 3: training images are RGB")
     least = discriminator.min_resolution if args.adversarial_weight else 0
-    small = f"--resolution: {args.resolution} is too small for the discriminator, which needs {least}"
-    require(args.resolution >= least, f"{small}; choose another with {flag}")
+    require(args.resolution >= least, f"--resolution: {args.resolution} is too small for {flag}, which needs {least}")
     return discriminator.train()
 
 
@@ -1071,19 +1064,14 @@ def build_perceptual(args):
     if not args.perceptual_weight:
         return None
     name, layers, weights = args.timm_model_backend, args.timm_model_layers, args.timm_model_weights
-    logits = layers == "logits"
-    with user_error("--timm_model_backend", ValueError):
-        check_backbone(name, args.cache_dir) if logits else choose_stages(name, None, args.cache_dir)
-    with user_error("--timm_model_layers", ValueError):
-        stages = [] if logits else choose_stages(name, layers, args.cache_dir)
-        heads = lpips_heads(stages) if name.split(".")[0] == "vgg16" else ()
-    with user_error("--timm_model_weights", ValueError):
-        if logits:
+    with user_error("--timm_model_backend, --timm_model_layers or --timm_model_weights", ValueError):
+        if layers == "logits":
             backbone = load_backbone(name, weights, args.cache_dir)
             loss = LogitsLoss(backbone, backbone.pretrained_cfg["input_size"][-2:])
         else:
-            features = TimmFeatures(name, stages, weights, args.cache_dir, args.resolution)
-            loss = PerceptualLoss(features, heads)
+            stages = choose_stages(name, layers, args.cache_dir)
+            heads = lpips_heads(stages) if name.split(".")[0] == "vgg16" else ()
+            loss = PerceptualLoss(TimmFeatures(name, stages, weights, args.cache_dir, args.resolution), heads)
     small = f"--timm_model_backend: {name} fails at {args.resolution} pixels"
     with user_error(small, (RuntimeError, ValueError, AssertionError)), torch.no_grad():
         loss(*torch.zeros(2, 1, 3, args.resolution, args.resolution))
@@ -1958,9 +1946,7 @@ def read_best(best):
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 LEFTOVER_NAME = re.compile(r"unfinished-(old-)?(checkpoint-\d+|best)")
-CHECKPOINT_FORMAT = 2
-# The exported networks that hold the weights of these; what differs from them stands beside, in NAME.safetensors.
-EXPORTED = {"generator": "vqmodel", "ema": "vqmodel", "discriminator": "discriminator"}
+CHECKPOINT_FORMAT = 3
 
 
 class TrainingState:
@@ -2003,15 +1989,12 @@ class TrainingState:
         }
 
     def load_state_dict(self, state, accelerator):
-        saved = state["weights"]["generator"]  # with a codebook of the export, which not every quantiser has as weights
-        self.generator.load_state_dict({name: saved[name] for name in self.generator.state_dict()})
+        self.generator.load_state_dict(state["weights"]["generator"])
         self.discriminator.load_state_dict(state["weights"]["discriminator"])
         for name, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]  # the flags of this run, not of the last
             optimizer.load_state_dict(state["optimizers"][name] | {"param_groups": groups})
-        if self.ema and not state["ema"]:
-            logger.warning("The checkpoint holds no EMA: it starts from the weights there")
-        if self.ema:
+        if self.ema:  # which starts from the weights when the checkpoint holds none
             averaged = state["weights"].get("ema", state["weights"]["generator"])
             shadow = [averaged[name].to(accelerator.device) for name, _ in self.generator.named_parameters()]
             self.ema.load_state_dict(state["ema"] | {"shadow_params": shadow, "decay": self.ema.decay})
@@ -2034,24 +2017,30 @@ def save_checkpoint(run):
     final = output / f"checkpoint-{run.state.step}"
     if not run.accelerator.is_main_process:
         return True
-    progress = {"format": CHECKPOINT_FORMAT, "step": run.state.step, "samples_seen": run.state.samples_seen}
-    progress |= {"seed": run.seed, "processes": run.accelerator.num_processes, "versions": versions()}
-    progress |= {"schedule": run.schedule.recorded(), "identity": identity_of(run)}
+    progress = {
+        "format": CHECKPOINT_FORMAT,
+        "step": run.state.step,
+        "samples_seen": run.state.samples_seen,
+        "seed": run.seed,
+        "processes": run.accelerator.num_processes,
+        "versions": versions(),
+        "schedule": run.schedule.recorded(),
+        "identity": identity_of(run),
+    }
     try:
         with replaced(final) as folder:
             export(run, folder)
             for name, weights in state.pop("weights").items():
-                save_difference(weights, name, folder)
-            if (output / "best").exists():
-                link_tree(output / "best", folder / "best")
+                safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
+            if (output / "best").exists():  # to go back to, should later steps be taken again
+                shutil.copytree(output / "best", folder / "best")
             with open(folder / "training.pt", "wb") as file:  # a full disk is an OSError then
                 torch.save(state, file)
             progress["files"] = manifest(folder)
             (folder / "progress.json").write_text(json.dumps(progress, indent=2))
     except WRITE_ERRORS as error:
         good = (checkpoints(output) or ["none"])[-1]
-        why = one_line(error)
-        logger.error(f"Could not save {final}: {why}; training goes on, the last good checkpoint is {good}")
+        logger.error(f"Could not save {final}: {one_line(error)}; training goes on, the last good checkpoint is {good}")
         return False
     logger.info(f"Saved {final}")
     with keep_going("remove old checkpoints"):
@@ -2062,51 +2051,18 @@ def save_checkpoint(run):
     return True
 
 
-def link_tree(source, target):
-    """The same folder once more, by hard links where the file system has them: no file here is written twice."""
-
-    def link_or_copy(file, new):
-        try:
-            os.link(file, new)
-        except OSError:
-            shutil.copy2(file, new)
-
-    shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
-
-
-def save_difference(weights, name, folder):
-    """NAME.safetensors: those of `weights` that are not in the export as they are; no file when there are none."""
-    exported = safetensors.torch.load_file(folder / EXPORTED[name] / "diffusion_pytorch_model.safetensors")
-    weights = {key: weight.cpu().contiguous() for key, weight in weights.items()}
-    own = {key: w for key, w in weights.items() if key not in exported or not torch.equal(w, exported[key])}
-    if own:
-        safetensors.torch.save_file(own, folder / f"{name}.safetensors")
-
-
-def load_weights(folder, name):
-    """The weights "generator", "discriminator" or "ema" of a checkpoint."""
-    exported = safetensors.torch.load_file(folder / EXPORTED[name] / "diffusion_pytorch_model.safetensors")
-    own = folder / f"{name}.safetensors"
-    return exported | (safetensors.torch.load_file(own) if own.exists() else {})
-
-
 def load_checkpoint(run, checkpoint, progress):
     """(all processes) The reverse of `save_checkpoint`; UserError where what is trained has changed."""
-    before, identity = progress["identity"], identity_of(run)
-    for key in before:  # a newer version of a library may know more settings
-        was, now = before.get(key), identity.get(key)
+    identity = identity_of(run)
+    for key, was in progress["identity"].items():  # a newer version of a library may know more settings
+        changed = f"{key} was {was} in {checkpoint} and is {identity.get(key)} now"
         remedy = "restore it, or start afresh in another --output_dir"
-        require(was == now, f"--resume_from_checkpoint: {key} was {was} in {checkpoint} and is {now} now; {remedy}")
+        require(was == identity.get(key), f"--resume_from_checkpoint: {changed}; {remedy}")
     state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+    state["weights"] = {path.stem: safetensors.torch.load_file(path) for path in checkpoint.glob("*.safetensors")}
     if checkpoint.resolve().parent != Path(run.args.output_dir).resolve():  # a branch: another run on the tracker, too
         state["tracker_run"] = run.state.tracker_run
-    names = EXPORTED if state["ema"] else ("generator", "discriminator")
-    run.state.load_state_dict(
-        state | {"weights": {name: load_weights(checkpoint, name) for name in names}}, run.accelerator
-    )
-    was, now = progress["processes"], run.accelerator.num_processes
-    if was != now:
-        logger.info(f"{was} processes before, {now} now: the images go on where they were, sums differ in order")
+    run.state.load_state_dict(state, run.accelerator)
     logger.info(f"Resumed from {checkpoint}: step {run.state.step}, {run.state.samples_seen} images seen")
 
 
@@ -2126,50 +2082,46 @@ def find_checkpoint(args):
 
     `latest` takes the newest whole one; on a directory without checkpoints it is a fresh start.
     """
-    output, resume = Path(args.output_dir), args.resume_from_checkpoint
-    present, flag = checkpoints(output, intact=False), "--resume_from_checkpoint"
+    output, resume, flag = Path(args.output_dir), args.resume_from_checkpoint, "--resume_from_checkpoint"
+    latest, present = resume == "latest", checkpoints(output)
     results = read_metrics(args) or [name for name in ("vqmodel", "best") if (output / name).exists()]
+    if not resume and present:
+        raise UserError(f"--output_dir: {output} already holds a run; {flag} latest goes on with it")
+    if results and not present and (latest or not resume):
+        nothing = "holds results of a run, but no checkpoint to go on from"
+        raise UserError(f"--output_dir: {output} {nothing}; move it away, or choose another directory")
     if not resume:
-        remedy = f"add {flag} latest to go on with it, or choose another directory"
-        if not present:
-            remedy = f"move it away, or choose another directory; {flag} latest would find no checkpoint"
-        require(not present and not results, f"--output_dir: {output} already holds a run; {remedy}")
         return None, {}
-    nothing = f"{output} holds results of a run, but no checkpoint to go on from; move them away to start afresh"
-    require(present or not results or resume != "latest", f"{flag}: {nothing}, or choose another --output_dir")
-    for checkpoint in reversed(present) if resume == "latest" else [Path(resume)]:
+    for checkpoint in reversed(present) if latest else [Path(resume)]:
         fault = find_fault(checkpoint)
-        if not fault:
-            progress = json.loads((checkpoint / "progress.json").read_text())
-            remedy = "go on with that version, or start a new run with --pretrained_model_name_or_path"
-            known = progress.get("format") == CHECKPOINT_FORMAT
-            require(known, f"{flag}: {checkpoint} is of another version of this script; {remedy}")
-            if checkpoint.resolve().parent != output.resolve():  # a branch, perhaps tried before
-                others = present or [line for line in read_metrics(args) if line["step"] <= step_of(checkpoint)]
-                require(not others, f"--output_dir: {output} already holds another run; choose another directory")
-            later = ", ".join(str(path) for path in present if step_of(path) > step_of(checkpoint))
-            continuation = f"later checkpoints than {checkpoint} would be taken for its continuation"
-            require(resume == "latest" or not later, f"{flag}: {continuation}; move them away first: {later}")
-            return checkpoint, progress
+        if fault and latest:
+            logger.warning(f"{checkpoint} is damaged and left out: {fault}")
+            continue
         found = ", ".join(map(str, present)) or f"none in {output}"
-        require(resume == "latest", f"{flag}: {checkpoint} is no whole checkpoint ({fault}); found: {found}")
-        logger.warning(f"{checkpoint} is damaged and left out: {fault}")
+        require(not fault, f"{flag}: {checkpoint} is no whole checkpoint ({fault}); found: {found}")
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        remedy = "go on with that version, or start a new run with --pretrained_model_name_or_path"
+        known = progress.get("format") == CHECKPOINT_FORMAT
+        require(known, f"{flag}: {checkpoint} is of another version of this script; {remedy}")
+        if checkpoint.resolve().parent != output.resolve():  # a branch, perhaps tried before
+            others = present or [line for line in read_metrics(args) if line["step"] <= step_of(checkpoint)]
+            require(not others, f"--output_dir: {output} already holds another run; choose another directory")
+        later = ", ".join(str(path) for path in present if step_of(path) > step_of(checkpoint))
+        continuation = f"later checkpoints than {checkpoint} would be taken for its continuation"
+        require(latest or not later, f"{flag}: {continuation}; move them away first: {later}")
+        return checkpoint, progress
     require(not present, f"{flag}: no whole checkpoint in {output}; remove it to start afresh")
     return None, {}
 
 
-def checkpoints(output_dir, intact=True):
-    """Checkpoints in `output_dir`, oldest first; only those whose files are all there, unless told otherwise."""
+def checkpoints(output_dir):
+    """Checkpoints in `output_dir`, oldest first, as they were written: whole."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
-    return sorted([path for path in found if not (intact and find_fault(path, hashes=False))], key=step_of)
+    return sorted(found, key=step_of)
 
 
 def step_of(checkpoint):
     return int(Path(checkpoint).name.split("-")[1])
-
-
-def unsaved(output):
-    return f"--output_dir: the last checkpoint could not be saved in {output}, see above; {how_to_go_on(output)}"
 
 
 def how_to_go_on(output):
@@ -2187,26 +2139,17 @@ def manifest(folder):
     return found
 
 
-def find_fault(checkpoint, hashes=True):
-    """What is wrong with a checkpoint directory by its manifest, or None; `hashes` reads all of it."""
+def find_fault(checkpoint):
+    """What is wrong with a checkpoint directory by its manifest, or None."""
     if not CHECKPOINT_NAME.fullmatch(checkpoint.name):
         return "its name is not checkpoint-N"
-    if not checkpoint.is_dir():
-        return "there is no such directory"
     try:
-        listed = json.loads((checkpoint / "progress.json").read_text())["files"]
-        files = {name: dict(file) for name, file in listed.items()}
+        files = json.loads((checkpoint / "progress.json").read_text())["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "progress.json is missing or not whole"
-    for name, expected in files.items():
-        path = checkpoint / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != expected["bytes"]:
-            return f"{name} is missing" if size is None else f"{name} has {size} bytes, not {expected['bytes']}"
-    found = manifest(checkpoint) if hashes else files
-    for name in files:
-        if found[name] != files[name]:
-            return f"{name} does not have the content that was saved"
+    found = manifest(checkpoint)
+    wrong = [name for name, expected in files if found.get(name) != expected]
+    return f"{wrong[0]} is missing or not as it was saved" if wrong else None
 
 
 @contextmanager
@@ -2257,20 +2200,17 @@ def sync(path):
 
 @contextmanager
 def as_exported(state):
-    """Inside, the generator is in eval mode and holds the EMA's weights, when there is one; nothing is copied."""
-    pairs = list(zip(state.generator.parameters(), state.ema.shadow_params)) if state.ema else []
-    training = state.generator.training
-
-    def swap():
-        for parameter, shadow in pairs:
-            parameter.data, shadow.data = shadow.data, parameter.data
-
-    swap()
+    """Inside, the generator is in eval mode and holds the EMA's weights, when there is one."""
+    parameters, training = list(state.generator.parameters()), state.generator.training
+    if state.ema:
+        state.ema.store(parameters)
+        state.ema.copy_to(parameters)
     state.generator.eval()
     try:
         yield
     finally:
-        swap()
+        if state.ema:
+            state.ema.restore(parameters)
         state.generator.train(training)
 
 
@@ -2350,7 +2290,7 @@ def create_repository(args):
     logger.info(f"Contacting the Hugging Face Hub to create {name}")
     with user_error(
         f"--push_to_hub: the Hub did not create {name}", Exception
-    ):  # its errors vary with its HTTP library
+    ):  # its HTTP library has errors of its own
         return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
@@ -2633,7 +2573,7 @@ def drop_abandoned(run):
         new.replace(path)
         if (run.checkpoint / "best").exists():
             with replaced(best) as folder:
-                link_tree(run.checkpoint / "best", folder)
+                shutil.copytree(run.checkpoint / "best", folder, dirs_exist_ok=True)
         elif read_best(best).get("step", 0) > run.state.step:
             shutil.rmtree(best)
 
@@ -2729,8 +2669,6 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
 
         def add(name, fixed=False, **options):
-            if not {"action", "choices", "type"} & set(options):
-                options["type"] = text
             group.add_argument(name, **options).fixed = fixed
 
         return add
@@ -2753,13 +2691,11 @@ class Parser(argparse.ArgumentParser):
             words = shlex.split(line.lstrip("\ufeff"), comments=True)
         except ValueError as error:
             self.error(f"recipe line {line.strip()!r}: {error}")
-        return [self.in_repository(word) for word in words]
-
-    @staticmethod
-    def in_repository(word):
-        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        found = "/" in value and (REPOSITORY / value).exists()
-        return f"{flag}{equals}{REPOSITORY / value if found else value}"
+        for i, word in enumerate(words):
+            value = word.partition("=")[2] if word.startswith("--") else word
+            if "/" in value and (REPOSITORY / value).exists():
+                words[i] = word.removesuffix(value) + str(REPOSITORY / value)
+        return words
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -2767,15 +2703,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
-    """An argparse type: a finite int or float in [low, high], and greater than `above`."""
+def number(kind, low=-math.inf, high=math.inf):
+    """An argparse type: a finite int or float in [low, high]."""
 
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high and value > above):
-            bounds = [f"greater than {above}"] * (above > -math.inf) + [f"at least {low}"] * (low > -math.inf)
-            bounds += [f"at most {high}"] * (high < math.inf)
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, got {text}")
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"must be a finite number from {low} to {high}, got {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
@@ -2806,19 +2740,10 @@ def accepted(test, problem):
     return parse
 
 
-def folder(value):
-    """An argparse type: an existing folder."""
-    value = text(value)
-    if not os.path.isdir(value):
-        problem = f"{value} is a file, not a folder" if os.path.exists(value) else f"no such folder: {value}"
-        raise argparse.ArgumentTypeError(problem)
-    return value
-
-
 FOREIGN = (
-    "{} is a single file; checkpoints of taming-transformers, LDM, LlamaGen or MaskGIT are not read; convert them to a "
-    "diffusers VQModel directory (vqmodel/ of a run, or a Hub id) first"
+    "{} is a single file, such as of taming-transformers or LDM: convert it to a diffusers VQModel directory first"
 )
+folder = accepted(os.path.isdir, "no such folder: {}")
 file = accepted(os.path.isfile, "no such file: {}")
 config = accepted(lambda path: not path.endswith(".json") or os.path.isfile(path), "no such file: {}")
 network = accepted(lambda path: not os.path.isfile(path), FOREIGN)
@@ -2852,36 +2777,28 @@ def check_args(args):
             require(name not in given or needed in given, f"--{name}: needs --{needed}")
     for name, other, why in EXCLUDES:
         require(not {name, other} <= given, f"--{name} and --{other}: give one of them{why}")
-    endless = args.streaming and not args.max_train_steps and not args.eval_only
-    require(not endless, "--streaming: needs --max_train_steps; the data has no known end")
-    bits = not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes")
-    require(bits, "--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
+    if args.streaming and not (args.max_train_steps or args.eval_only):
+        raise UserError("--streaming: needs --max_train_steps; the data has no known end")
+    if args.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
     low, high = args.value_range or (0, 1)
     require(low < high, f"--value_range: LOW must be less than HIGH, got {low:g} {high:g}")
-    loaded = args.pretrained_model_name_or_path or args.codebook_init != "keep"
-    require(loaded, "--codebook_init keep: needs --pretrained_model_name_or_path")
-    untouched = args.codebook_init in (None, "keep") and args.codebook_norm in (None, "none")
-    untouched = untouched and not args.codebook_restart_steps
-    flags = "--codebook_init, --codebook_norm and --codebook_restart_steps"
-    require(untouched or not args.train_only, f"--train_only: the codebook stays as it is; leave out {flags}")
+    if args.codebook_init == "keep" and not args.pretrained_model_name_or_path:
+        raise UserError("--codebook_init keep: needs --pretrained_model_name_or_path")
+    moved = args.codebook_init in ("sphere", "uniform") or args.codebook_norm == "l2" or args.codebook_restart_steps
+    if args.train_only and moved:
+        raise UserError("--train_only: not with --codebook_init, --codebook_norm or --codebook_restart_steps")
     images = args.validation_data_dir or args.validation_split
     held_out = images or args.validation_fraction or (args.validation_fraction is None and not args.streaming)
     require(held_out or not args.save_best, "--save_best: needs held-out images, see --validation_fraction")
     needs = {"perceptual": "perceptual_weight", "lpips": "lpips_weights", "rfid": "fid", "frechet": "frechet_backend"}
-    if args.save_best in needs:
-        source = getattr(args, needs[args.save_best])
-        require(source and source != "none", f"--save_best {args.save_best}: needs --{needs[args.save_best]}")
-    pretrained = args.lpips_weights != "random"
-    require(pretrained, "--lpips_weights: LPIPS is defined by pretrained weights; none leaves it out")
-    if args.frechet_backend:
-        with user_error("--frechet_backend", ValueError):
-            check_backbone(args.frechet_backend, args.cache_dir)
-    if args.eval_only:
-        where = "name images with --validation_data_dir or --validation_split"
-        require(held_out, f"--eval_only: {where}")
-        known = images or args.seed is not None or args.validation_fraction == 1
-        which = "which images a run held out depends on its --seed (in its README.md)"
-        require(known, f"--eval_only: {which}: give it, or {where}")
+    needed = needs.get(args.save_best)
+    if needed and getattr(args, needed) in (0, None, False, "none"):
+        raise UserError(f"--save_best {args.save_best}: needs --{needed}")
+    require(args.lpips_weights != "random", "--lpips_weights: LPIPS has pretrained weights only; none leaves it out")
+    known = images or args.validation_fraction == 1 or (held_out and args.seed is not None)
+    which = "name images with --validation_data_dir or --validation_split, or the --seed of the run that held some out"
+    require(known or not args.eval_only, f"--eval_only: {which}")
 
 
 def start_accelerator(args):
@@ -2892,14 +2809,10 @@ def start_accelerator(args):
     logging.getLogger("timm").setLevel(logging.ERROR)
     trackers = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, [args.report_to])
     project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
-        chosen = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() not in ("false", "0", "")
-        require(not chosen, f"accelerate config: {name} is not supported; use plain multi-GPU")
-    compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
-    require(not compiled, "accelerate config: torch dynamo is not supported there; choose no, and use --torch_compile")
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    known = precision in ("no", "fp16", "bf16")
-    require(known, f"accelerate config: precision {precision} is not supported; use --mixed_precision no, fp16 or bf16")
+    untested = [f"USE_{name}" for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")]
+    for name in [*untested, "DYNAMO_BACKEND"]:
+        chosen = os.environ.get(f"ACCELERATE_{name}", "no").lower() not in ("no", "false", "0", "")
+        require(not chosen, f"accelerate config: {name} is not supported; use plain multi-GPU, and --torch_compile")
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # others wait while one downloads, saves or uploads
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accumulation = GradientAccumulationPlugin(num_steps=1)  # the loop's own; accelerate's would divide the loss again
@@ -2915,23 +2828,23 @@ def start_accelerator(args):
     remedy = f"pip install {missing}, or --report_to none does without a tracker"
     require(args.eval_only or not missing, f"--report_to {args.report_to}: {missing} is not installed; {remedy}")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    apart = f"{os.environ.get('WORLD_SIZE')} processes were launched, but each would train by itself"
-    together = accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
-    require(together, f"{apart}; on CPUs set ACCELERATE_USE_CPU=1")
+    launched, alone = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes == 1
+    apart = f"{launched} processes were launched, but each would train by itself; on CPUs set ACCELERATE_USE_CPU=1"
+    require(launched == accelerator.num_processes, apart)
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         tasks = os.environ.get(name, "1")
-        if accelerator.num_processes == 1 and tasks != "1":
-            lone = f"{name} is {tasks}, but this run has 1 process: {tasks} tasks would each train alone in the same"
-            logger.warning(f"{lone} directory; start one accelerate launch or torchrun per node instead")
-    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        more = "for several on CPUs: ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu"
-        logger.warning(f"The launcher prepared several processes but started 1; {more}")
-    kind = accelerator.distributed_type
-    plain = kind in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    require(plain, f"accelerate config: {kind.value} is not supported; use plain multi-GPU")
-    if accelerator.device.type == "cpu":
-        require(accelerator.mixed_precision != "fp16", "--mixed_precision fp16: needs a GPU; use bf16 or no")
-        if accelerator.mixed_precision == "bf16":
+        if alone and tasks != "1":
+            logger.warning(
+                f"{name} is {tasks}, but this run has 1 process: start one accelerate launch per node instead"
+            )
+    if alone and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        command = "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu"
+        logger.warning(f"The launcher prepared several processes but started 1; for several on CPUs: {command}")
+    precision, cpu = accelerator.mixed_precision, accelerator.device.type == "cpu"
+    known = ("no", "bf16") if cpu else ("no", "bf16", "fp16")
+    require(precision in known, f"--mixed_precision {precision}: not supported here; use {' or '.join(known)}")
+    if cpu:
+        if precision == "bf16":
             logger.warning("--mixed_precision bf16: many times slower than no on CPUs without bf16 instructions")
         if os.environ.get("OMP_NUM_THREADS") == "1" and launcher_chose_threads():
             torch.set_num_threads(cores_per_process())
@@ -2960,50 +2873,28 @@ def claimed_output_dir(accelerator, args):
 
     UserError when another run writes there, or when the nodes do not share it.
     """
-    output, held = Path(args.output_dir), []
-    token = broadcast_object_list([uuid.uuid4().hex])[0]
+    output = Path(args.output_dir)
+    lock, token = FileLock(output / ".lock"), broadcast_object_list([uuid.uuid4().hex])[0]
 
-    def prepare():
+    def claim():
         with user_error(f"--output_dir: cannot write to {output}", OSError):
             output.mkdir(parents=True, exist_ok=True)
-            held.append(lock(output / ".lock", f"--output_dir: another run is writing to {output}; wait for it to end"))
-            held[0].write(token)
-            held[0].flush()
+            with user_error(f"--output_dir: another run is writing to {output}; wait for it to end", Timeout):
+                lock.acquire(timeout=0)
+            (output / ".lock").write_text(token)
             finish_interrupted(output)
 
     try:
-        on_main(accelerator, prepare)
-        here = bool(held)  # reading it, the main process would let go of the lock
-        with suppress(OSError):
-            here = here or (output / ".lock").read_text() == token
+        on_main(accelerator, claim)
+        here = (output / ".lock").exists() and (output / ".lock").read_text() == token
         shared = all(gather_object([here]))
         require(shared, f"--output_dir: {output} is not the same directory on every node; choose one that they share")
         yield
     finally:
-        for file in held:
+        if lock.is_locked:
             with suppress(OSError):
-                os.remove(file.name)
-            file.close()
-
-
-def lock(path, problem):
-    """An open file that no other process can lock until this one ends, however it ends; UserError when one has it.
-
-    It holds between machines, too, where the file system has POSIX locks.
-    """
-    file = open(path, "a")
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-            raise BlockingIOError  # removed by the run that had it while another one made it anew
-    except (BlockingIOError, PermissionError) as error:  # EAGAIN or EACCES
-        raise UserError(problem) from error
-    except (ImportError, OSError):  # Windows, and file systems without locks
-        logger.warning(f"{path.parent} cannot be locked: see to it that only one run at a time writes there")
-    file.truncate(0)  # of a killed run's
-    return file
+                os.remove(lock.lock_file)
+            lock.release()
 
 
 def on_main(accelerator, decide):
@@ -3085,7 +2976,8 @@ def train_in_output_dir(accelerator, args):
         with keep_going("finish the trackers", Exception):
             tracker.finish()
     accelerator.trackers.clear()  # end_training would finish them again
-    on_main(accelerator, lambda: require(watch.saved, unsaved(output)))
+    unsaved = f"--output_dir: the last checkpoint could not be saved in {output}, see above; {how_to_go_on(output)}"
+    on_main(accelerator, lambda: require(watch.saved, unsaved))
     stop_for_failure(watch)
     accelerator.end_training()
     if watch.stopping:
