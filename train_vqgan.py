@@ -26,7 +26,6 @@ reporting, start-up checks, entry.
 import argparse
 import ctypes
 import difflib
-import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -136,7 +135,7 @@ def build_parser():
     add("--streaming", fixed=True, action="store_true", help="read the data set while training instead of downloading it first; needs --max_train_steps")
     add("--cache_dir", help="where downloaded models and data sets are kept")
     add("--max_train_samples", fixed=True, type=positive, help="train on this many images, drawn by seed")
-    add("--resolution", fixed=True, type=number(int, 8), default=256, help="side of the training images, in pixels; the short side is resized, then cropped")
+    add("--resolution", fixed=True, type=number(int, 16), default=256, help="side of the training images, in pixels; the short side is resized, then cropped")
     add("--center_crop", fixed=True, action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", fixed=True, action="store_true", help="mirror half of the images")
     add("--value_range", fixed=True, type=number(float), nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white in grey images of 16-bit, 32-bit or float values; a PGM's are first scaled to 65535 (default: by format, the lowest and highest its bits hold, and 0 and 1 for floats)")
@@ -877,20 +876,18 @@ class Run:
 def build_generator(args):
     """The VQModel to train, its quantiser swapped for ours."""
     where = {"subfolder": args.subfolder, "revision": args.revision, "cache_dir": args.cache_dir}
-    if args.pretrained_model_name_or_path:
-        flag, source = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-        if not args.subfolder:
-            logger.info(f"Looking for {source}/vqmodel, on the Hugging Face Hub if there is no such folder")
-            with suppress(OSError):  # not there, or read_config says why
-                VQModel.load_config(source, **where | {"subfolder": "vqmodel"})
-                where["subfolder"] = "vqmodel"
-        check_vqmodel_config(flag, read_config(flag, source, VQModel, **where), args.resolution)
-        model = load_pretrained(VQModel, flag, source, **where)
-    else:
-        flag, source = "--model_config_name_or_path", args.model_config_name_or_path or DEFAULT_CONFIG
-        config = read_config(flag, source, VQModel, **where)
-        check_vqmodel_config(flag, config, args.resolution)
-        model = VQModel.from_config(config)
+    pretrained = args.pretrained_model_name_or_path
+    flag, source = "--model_config_name_or_path", args.model_config_name_or_path or DEFAULT_CONFIG
+    if pretrained:
+        flag, source = "--pretrained_model_name_or_path", pretrained
+    if pretrained and not args.subfolder:
+        logger.info(f"Looking for {source}/vqmodel, on the Hugging Face Hub if there is no such folder")
+        with suppress(OSError):  # not there, or read_config says why
+            VQModel.load_config(source, **where | {"subfolder": "vqmodel"})
+            where["subfolder"] = "vqmodel"
+    config = read_config(flag, source, VQModel, **where)
+    check_vqmodel_config(flag, config, args.resolution)
+    model = load_pretrained(VQModel, flag, source, **where) if pretrained else VQModel.from_config(config)
     model.quantize = build_quantizer(model.quantize, args)
     if args.train_only == "decoder":
         model.requires_grad_(False)
@@ -902,27 +899,13 @@ def build_generator(args):
 
 
 def load_pretrained(network, flag, source, **where):
-    """A pretrained network of this class, from its plain weight file or the only variant there is, such as fp16."""
+    """A pretrained network of this class, from its plain weight file or else its fp16 variant, as some are published."""
     options = {"torch_dtype": torch.get_default_dtype(), "output_loading_info": True, **where}
     with user_error(f"{flag}: cannot load {source}", Exception):
         try:
             model, report = network.from_pretrained(source, **options)
         except OSError:
-            folder = where.get("subfolder") or ""
-            files = ["diffusion_pytorch_model.fp16.safetensors"]  # nearly always, when a cache cannot say
-            if Path(source).is_dir():
-                files = os.listdir(Path(source) / folder)
-            else:
-                with suppress(OSError):
-                    found = map(Path, HfApi().list_repo_files(source, revision=where.get("revision")))
-                    files = [file.name for file in found if file.parent == Path(folder)]
-            pattern = re.compile(r"diffusion_pytorch_model\.([^.]+)\.(safetensors|bin)")
-            variants = sorted({match[1] for match in map(pattern.fullmatch, files) if match})
-            require(len(variants) < 2, f"{flag}: {source} holds several variants, {', '.join(variants)}; rename one")
-            if not variants:
-                raise
-            logger.info(f"{source} holds no plain weight file: taking its variant {variants[0]}")
-            model, report = network.from_pretrained(source, variant=variants[0], **options)
+            model, report = network.from_pretrained(source, variant="fp16", **options)
     missing, unknown = (", ".join(sorted(report[kind])[:5]) for kind in ("missing_keys", "unexpected_keys"))
     require(not missing, f"{flag}: the weights in {source} do not fit its config; they lack {missing}")
     if unknown:
@@ -1678,7 +1661,6 @@ def from_model(x, args):
 
 BEST = {"psnr": max, "ssim": max, "perceptual": min, "lpips": min, "rfid": min, "frechet": min}
 SSIM_WINDOW = 11  # pixels, as Wang et al. 2004 and scikit-image
-LPIPS_SIDE = 16  # pixels: vgg16 halves them four times before its last layer used
 
 
 def validate(run):
@@ -1716,11 +1698,7 @@ class Evaluator:
         self.items = ShuffledSlice(items, 0, self.n, seed=0) if drawn else items
         self.distances = {f"perceptual_{args.timm_model_backend}": perceptual} if perceptual else {}
         self.frechet = {}
-        if args.resolution < SSIM_WINDOW:
-            logger.warning(f"val/ssim is left out: its window needs --resolution {SSIM_WINDOW}")
-        if args.resolution < LPIPS_SIDE:
-            logger.warning(f"val/lpips_vgg16 is left out: its network needs --resolution {LPIPS_SIDE}")
-        elif args.lpips_weights != "none":
+        if args.lpips_weights != "none":
             stages = choose_stages("vgg16")
             with user_error("--lpips_weights", ValueError, "; none leaves LPIPS out"):
                 features = TimmFeatures("vgg16", stages, args.lpips_weights, args.cache_dir)
@@ -1732,16 +1710,13 @@ class Evaluator:
             with user_error("--fid", Exception, hint):
                 self.frechet["rfid_inception"] = FrechetInceptionDistance(2048, **options)
         if args.frechet_backend:
-            with user_error("--frechet_weights", ValueError):
+            with user_error("--frechet_backend or --frechet_weights", ValueError):
                 features = TimmPooled(args.frechet_backend, args.frechet_weights, args.cache_dir)
             self.frechet[f"frechet_{args.frechet_backend}"] = FrechetInceptionDistance(features)
         for network in [*self.distances.values(), *self.frechet.values()]:
             network.to(accelerator.device)
-        for name, metric in self.frechet.items():
+        for metric in self.frechet.values():
             metric.orig_dtype = torch.get_default_dtype()  # left unset where a process has no image
-            features = len(metric.real_features_sum)
-            if self.n and self.n < 2 * features:
-                logger.warning(f"val/{name}: {self.n} images are few for {features} features; compare at equal N only")
 
     @torch.no_grad()
     @exact_fp32()
@@ -1768,9 +1743,9 @@ class Evaluator:
             ahead = gather_object([(watch.signal, numbers is not None, failure)])
             watch.stopping = watch.stopping or any(number for number, _, _ in ahead)
             failures = [failure for _, _, failure in ahead if failure]
+            if failures:
+                logger.warning(f"This validation is left out: {failures[0]}")
             if watch.stopping or failures:
-                for failure in failures[:1]:
-                    logger.warning(f"This validation is left out: {failure}")
                 return {}, counts
             if not any(more for _, more, _ in ahead):
                 break
@@ -1809,12 +1784,10 @@ class Evaluator:
     def score(self, images, rounded):
         """Means over uint8 images and reconstructions [batch, 3, height, width]; updates the Frechet sums."""
         x, x_hat = (to_signed(i, i.device) / 2 + 0.5 for i in (images, rounded))
-        scores = {"psnr": psnr(x_hat, x).mean()}
-        if x.shape[-1] >= SSIM_WINDOW:
-            options = {"data_range": 1.0, "kernel_size": SSIM_WINDOW, "return_full_image": True}
-            full = torchmetrics.functional.image.structural_similarity_index_measure(x_hat, x, **options)[1]
-            border = SSIM_WINDOW // 2  # where torchmetrics reflects the image
-            scores["ssim"] = full[..., border:-border, border:-border].mean()
+        options = {"data_range": 1.0, "kernel_size": SSIM_WINDOW, "return_full_image": True}
+        full = torchmetrics.functional.image.structural_similarity_index_measure(x_hat, x, **options)[1]
+        border = SSIM_WINDOW // 2  # where torchmetrics reflects the image
+        scores = {"psnr": psnr(x_hat, x).mean(), "ssim": full[..., border:-border, border:-border].mean()}
         for name, distance in self.distances.items():
             scores[name] = type(distance).forward(distance, x * 2 - 1, x_hat * 2 - 1)  # not in accelerate's autocast
         for metric in self.frechet.values():
@@ -1823,7 +1796,7 @@ class Evaluator:
         return scores
 
     def protocol(self, weights):
-        """What has to be the same for two numbers to be comparable."""
+        """What has to be the same for two numbers to be comparable; README.md says what always is."""
         args = self.args
         source = args.validation_data_dir or args.dataset_name or args.train_data_dir or "images/train"
         part = args.validation_split or f"{args.validation_fraction} held out with seed {self.seed}"
@@ -1832,12 +1805,8 @@ class Evaluator:
             "data": portable(source) if args.validation_data_dir else f"{portable(source)}, {part}",
             "sample": f"the first {self.n or 'to the last'}" if self.streamed else f"{self.n} drawn with seed 0",
             "resolution": args.resolution,
-            "crop": "centre, side as the short one, resized by torch (bicubic, antialiased)",
-            "rounding": "reconstructions clipped and rounded to 8 bits",
-            "ssim": "gaussian window 11, sigma 1.5, data range 1, border of 5 pixels cropped",
             "distances": {name: network.layers for name, network in self.distances.items()},
             "frechet": {name: metric.real_features_sum.numel() for name, metric in self.frechet.items()},
-            "precision": "fp32",
             "versions": versions(),
         }
 
@@ -1916,22 +1885,21 @@ def log_codes(run, counts):
 
 def keep_best(run, metrics):
     """(main process) Export to output_dir/best when --save_best is better than what best.json there says."""
-    best = Path(run.args.output_dir) / "best"
-    key = next((key for key in metrics if key.startswith(f"val/{run.args.save_best}_")), "")
-    metric, before = key.rpartition("_n")[0], read_best(best)
-    judges = run.evaluator.protocol("")["distances"] if run.evaluator else {}
-    # over however many images: --num_validation_samples may change, and files may become unreadable
-    earlier = next((value for name, value in before.items() if metric and name.rpartition("_n")[0] == metric), None)
-    name = metric.removeprefix("val/")
-    if before.get("distances", {}).get(name) != judges.get(name):
-        earlier = None  # of other layers it is another number
-    if not key or (earlier is not None and BEST[run.args.save_best](earlier, metrics[key]) == earlier):
+    best, chosen = Path(run.args.output_dir) / "best", run.args.save_best
+    key = next((key for key in metrics if key.startswith(f"val/{chosen}_")), None)
+    if key is None:
+        return
+    # Over however many images, which may change; but of other layers a perceptual distance is another number.
+    name = key.removeprefix("val/").rpartition("_n")[0]
+    measured = [name, getattr(run.evaluator.distances.get(name), "layers", None)]
+    before = read_best(best)
+    if before.get("measured") == measured and BEST[chosen](before["value"], metrics[key]) == before["value"]:
         return
     with keep_going("keep the best export"):
         with replaced(best) as folder:
             export(run, folder)
-            best_so_far = {"step": run.state.step} | metrics | {"distances": judges}
-            (folder / "best.json").write_text(json.dumps(best_so_far, indent=2))
+            now = {"step": run.state.step, "value": metrics[key], "measured": measured} | metrics
+            (folder / "best.json").write_text(json.dumps(now, indent=2))
         logger.info(f"Best so far: {key} {metrics[key]:.5g} at step {run.state.step}, in {best}")
 
 
@@ -2416,16 +2384,14 @@ class Watch:
         self.bad_steps = self.bad_steps + 1 if bad else 0
         if not bad:
             return
-        first_sample = run.state.samples_seen - (run.state.step - step + 1) * run.images_per_step
-        samples = f"samples {first_sample} to {first_sample + run.images_per_step - 1}"
+        first = run.state.samples_seen - (run.state.step - step + 1) * run.images_per_step
+        samples = f"samples {first} to {first + run.images_per_step - 1}"
         where = f"Step {step}, {samples}: loss or gradient of the {bad} not finite"
         logger.warning(f"{where}; the update was skipped ({self.bad_steps} in a row)")
-        if self.bad_steps >= run.args.max_bad_steps:
-            good = (checkpoints(run.args.output_dir) or ["none"])[-1]
-            raise UserError(
-                f"{self.bad_steps} steps in a row were not finite. {where}; the last good checkpoint is {good}; "
-                "lower --learning_rate or --max_grad_norm, or use --mixed_precision bf16 or no"
-            )
+        good = (checkpoints(run.args.output_dir) or ["none"])[-1]
+        remedy = "lower --learning_rate or --max_grad_norm, or use --mixed_precision bf16 or no"
+        last = f"{self.bad_steps} steps in a row were not finite. {where}; the last good checkpoint is {good}; {remedy}"
+        require(self.bad_steps < run.args.max_bad_steps, last)
 
 
 @contextmanager
@@ -2443,9 +2409,8 @@ def signals_noted(watch):
                 os.write(2, f"\n{signal.Signals(number).name}: stopping at the end of this step\n".encode())
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has two of them
-    noted = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, note) for number in noted}
+    noted = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has two of them
+    before = {n: signal.signal(n, note) for n in signal.Signals if n.name in noted}
     try:
         yield
     finally:
@@ -2519,10 +2484,9 @@ def log_training(run, clock, bar):
         metrics["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     write_metrics(run, metrics)
     shown = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "disc", "codebook/used": "codes"}
-    shown = {name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics}
-    bar.set_postfix(shown)
+    shown = ", ".join(f"{name} {metrics[key]:.3g}" for key, name in shown.items() if key in metrics)
+    bar.set_postfix_str(shown)
     if bar.disable:
-        shown = ", ".join(f"{name} {value}" for name, value in shown.items())
         speed = metrics["speed/images_per_sec"]
         logger.info(f"Step {state.step} of {run.schedule.steps}: {shown}, {speed:.3g} images/s")
 
@@ -2533,14 +2497,13 @@ def warn_of_discriminator(run, metrics):
     if "discriminator" in run.watch.warned or not ramp_over or "disc/accuracy" not in metrics:
         return
     accuracy, gap = metrics["disc/accuracy"], abs(metrics["disc/real"] - metrics["disc/fake"])
-    if accuracy > 0.98:
-        advice = "has won, the generator learns little from it; lower --discr_learning_rate or raise --lecam_weight"
-    elif abs(accuracy - 0.5) < 0.02 and gap < 0.02:
-        advice = "has collapsed; raise --discr_learning_rate, or give it time with a lower --adversarial_weight"
-    else:
-        return
-    run.watch.warned.add("discriminator")
-    logger.warning(f"Step {run.state.step}: the discriminator is right {accuracy:.0%} of the time: it {advice}")
+    won, collapsed = accuracy > 0.98, abs(accuracy - 0.5) < 0.02 and gap < 0.02
+    advice = "won: lower --discr_learning_rate or raise --lecam_weight"
+    if collapsed:
+        advice = "collapsed: raise --discr_learning_rate, or give it time with a lower --adversarial_weight"
+    if won or collapsed:
+        run.watch.warned.add("discriminator")
+        logger.warning(f"Step {run.state.step}: the discriminator, right {accuracy:.0%} of the time, has {advice}")
 
 
 def write_metrics(run, metrics, **protocol):
@@ -2565,17 +2528,16 @@ def drop_abandoned(run):
     """(main process) Take metrics.jsonl and best/ back to the resumed checkpoint: its later steps are taken again."""
     if not run.checkpoint:
         return
-    best, path = Path(run.args.output_dir) / "best", Path(run.args.output_dir) / "metrics.jsonl"
-    new = path.with_suffix(".new")
-    with user_error(f"--output_dir: cannot write to {run.args.output_dir}", OSError):
+    output, kept = Path(run.args.output_dir), run.checkpoint / "best"
+    with user_error(f"--output_dir: cannot write to {output}", OSError):
         lines = [json.dumps(line) + "\n" for line in read_metrics(run.args) if line["step"] <= run.state.step]
-        new.write_text("".join(lines))
-        new.replace(path)
-        if (run.checkpoint / "best").exists():
-            with replaced(best) as folder:
-                shutil.copytree(run.checkpoint / "best", folder, dirs_exist_ok=True)
-        elif read_best(best).get("step", 0) > run.state.step:
-            shutil.rmtree(best)
+        (output / "metrics.new").write_text("".join(lines))
+        (output / "metrics.new").replace(output / "metrics.jsonl")
+        if kept.exists():
+            with replaced(output / "best") as folder:
+                shutil.copytree(kept, folder, dirs_exist_ok=True)
+        elif read_best(output / "best").get("step", 0) > run.state.step:
+            shutil.rmtree(output / "best")
 
 
 def public_config(run):
@@ -2928,9 +2890,7 @@ def user_error(what, errors, hint=""):
         raise
     except errors as error:
         hint = hint(error) if callable(hint) else hint
-        # safetensors says in words only that a disk is full
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        raise UserError(f"{what}: {one_line(error)}{'; make room' if full else ''}{hint}") from error
+        raise UserError(f"{what}: {one_line(error)}{hint}") from error
 
 
 def one_line(error):
@@ -2952,37 +2912,33 @@ def train(args):
     """Exit status of a training run."""
     accelerator = start_accelerator(args)
     with claimed_output_dir(accelerator, args):
-        return train_in_output_dir(accelerator, args)
-
-
-def train_in_output_dir(accelerator, args):
-    run = Run(args, accelerator, *on_main(accelerator, lambda: find_checkpoint(args)))
-    state, watch, output = run.state, run.watch, Path(args.output_dir)
-    repository = on_main(accelerator, lambda: create_repository(args)) if args.push_to_hub else None
-    log_setup(run)
-    with signals_noted(watch):
-        batches = training_batches(run.items, args, run.seed, state.samples_seen, accelerator, watch)
-        steps = run.schedule.steps - state.step
-        batches = step_batches(batches, args.gradient_accumulation_steps, steps, watch)
-        first = next(batches, None)
-        if first is None or accelerator.num_processes > 1:  # data that cannot be read shows here
-            stop_for_failure(watch)
-        on_main(accelerator, lambda: drop_abandoned(run))
-        on_main(accelerator, lambda: start_trackers(run))
-        validated = train_loop(run, itertools.chain([first], batches))
-    if not watch.stopping:
-        on_main(accelerator, lambda: finish(run, validated, repository))
-    for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
-        with keep_going("finish the trackers", Exception):
-            tracker.finish()
-    accelerator.trackers.clear()  # end_training would finish them again
-    unsaved = f"--output_dir: the last checkpoint could not be saved in {output}, see above; {how_to_go_on(output)}"
-    on_main(accelerator, lambda: require(watch.saved, unsaved))
-    stop_for_failure(watch)
-    accelerator.end_training()
-    if watch.stopping:
-        logger.info(f"Stopped at step {state.step}; to go on, the same command with --resume_from_checkpoint latest")
-    return STOPPED if watch.stopping else 0
+        run = Run(args, accelerator, *on_main(accelerator, lambda: find_checkpoint(args)))
+        state, watch, output = run.state, run.watch, Path(args.output_dir)
+        repository = on_main(accelerator, lambda: create_repository(args)) if args.push_to_hub else None
+        log_setup(run)
+        with signals_noted(watch):
+            batches = training_batches(run.items, args, run.seed, state.samples_seen, accelerator, watch)
+            steps = run.schedule.steps - state.step
+            batches = step_batches(batches, args.gradient_accumulation_steps, steps, watch)
+            first = next(batches, None)
+            if first is None or accelerator.num_processes > 1:  # data that cannot be read shows here
+                stop_for_failure(watch)
+            on_main(accelerator, lambda: drop_abandoned(run))
+            on_main(accelerator, lambda: start_trackers(run))
+            validated = train_loop(run, itertools.chain([first], batches))
+        if not watch.stopping:
+            on_main(accelerator, lambda: finish(run, validated, repository))
+        for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
+            with keep_going("finish the trackers", Exception):
+                tracker.finish()
+        accelerator.trackers.clear()  # end_training would finish them again
+        unsaved = f"--output_dir: the last checkpoint could not be saved in {output}, see above; {how_to_go_on(output)}"
+        on_main(accelerator, lambda: require(watch.saved, unsaved))
+        stop_for_failure(watch)
+        accelerator.end_training()
+        if watch.stopping:
+            logger.info(f"Stopped at step {state.step}; {GO_ON}")
+        return STOPPED if watch.stopping else 0
 
 
 def start_trackers(run):
@@ -2992,22 +2948,18 @@ def start_trackers(run):
         "wandb": {"id": run.state.tracker_run, "resume": "allow", "dir": args.output_dir},
         "tensorboard": {"purge_step": run.state.step + 1},
     }
-    what = f"--report_to {args.report_to}: the tracker does not start"
     hint = "; wandb login or WANDB_MODE=offline mends a missing key, --report_to none does without a tracker"
-    with user_error(what, Exception, hint):  # trackers have errors of their own
+    with user_error(f"--report_to {args.report_to}: the tracker does not start", Exception, hint):  # each has its own
         run.accelerator.init_trackers(args.tracker_project_name, config, options)
 
 
 def finish(run, validated, repository):
     """(main process) Export the result, say how good it is, upload it."""
     output = Path(run.args.output_dir)
-    hint = f"; {how_to_go_on(output)}"
-    with user_error(f"--output_dir: cannot write the result to {output}", WRITE_ERRORS, hint):
+    with user_error(f"--output_dir: cannot write the result to {output}", WRITE_ERRORS, f"; {how_to_go_on(output)}"):
         export(run, output)
-    logger.info(f"Exported {output / 'vqmodel'}")
-    for name, value in validated.items():
-        if "psnr" in name:
-            logger.info(f"{name}: {value:.2f} dB")
+    scores = [f"{name} {value:.2f} dB" for name, value in validated.items() if "psnr" in name]
+    logger.info(", ".join([f"Exported {output / 'vqmodel'}", *scores]))
     if repository:
         upload(run.args, repository)
 
@@ -3045,25 +2997,21 @@ def main(argv=None):
         sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
     try:
         return evaluate(args) if args.eval_only else train(args)
-    except UserError as error:
-        if args.verbose:
-            traceback.print_exception(error)
-        message = str(error).splitlines()[-1].split("UserError: ")[-1]  # a data worker's comes with its traceback
-        if is_first_on_machine():  # on a line of its own, progress bar or not
-            tqdm.write(f"train_vqgan.py: error: {message}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
+    except (UserError, RuntimeError, MemoryError) as error:
         message = known_failure(error)
         if not message:
             raise
         if args.verbose:
             traceback.print_exception(error)
-        tqdm.write(f"train_vqgan.py: error: {message}", file=sys.stderr)  # of any process: the first may be well
+        if is_first_on_machine() or not isinstance(error, UserError):  # memory may be short in any process
+            tqdm.write(f"train_vqgan.py: error: {message}", file=sys.stderr)  # below a progress bar
         return 2
 
 
 def known_failure(error):
-    """One line for want of memory or of a compiler, which shows anywhere; None for any other error."""
+    """One line for what the user can mend: also want of memory or of a compiler, which shows anywhere; or None."""
+    if isinstance(error, UserError):
+        return str(error).splitlines()[-1].split("UserError: ")[-1]  # a data worker's comes with its traceback
     words = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words):
         advice = "lower --train_batch_size, raise --gradient_accumulation_steps, and leave --gradient_checkpointing on"

@@ -549,8 +549,9 @@ def test_errors_reach_the_command_line_with_their_flag(error, more, reason):
 
 def test_resolution_too_small_for_the_backbone_is_a_user_error(flags):
     """Found before any image is loaded. Red when nothing is tried."""
-    small = ["--timm_model_backend", "test_convnext", "--resolution", "8"]
+    small = ["--timm_model_backend", "test_convnext"]
     args = tv.parse_args([*without(flags, "--timm_model_layers"), *small])
+    args.resolution = 8
     with pytest.raises(tv.UserError, match="--timm_model_backend: test_convnext fails at 8 pixels: "):
         tv.build_perceptual(args)
 

@@ -726,25 +726,26 @@ def rewrite(folder, change, name="diffusion_pytorch_model.safetensors"):
     safetensors.torch.save_file(state, folder / name)
 
 
-@pytest.mark.parametrize("variant", ["fp16", "ema"])
-def test_only_variant_of_the_weights_is_taken(pretrained, variant):
+def test_fp16_variant_of_the_weights_is_taken(pretrained):
     """As published to save space: it trains in fp32. Red when from_pretrained is not given the variant."""
     folder, build = pretrained
     expected = {name: tensor.half() for name, tensor in exported(folder, "").items()}
-    rewrite(folder, lambda state: state.update(expected), f"diffusion_pytorch_model.{variant}.safetensors")
+    rewrite(folder, lambda state: state.update(expected), "diffusion_pytorch_model.fp16.safetensors")
     found = {name: tensor for name, tensor in build().state_dict().items() if name in expected}
     assert equal(found, {name: tensor.float() for name, tensor in expected.items()})
 
 
-def test_several_variants_are_named(pretrained):
-    """And a plain file next to one wins. Red when the first variant is taken."""
+def test_plain_weights_win_over_a_variant(pretrained):
+    """Red when the variant is tried first; and without either, one line names the model."""
     folder, build = pretrained
-    plain = folder / "diffusion_pytorch_model.safetensors"
-    for variant in ("fp16", "ema"):
-        shutil.copy(plain, folder / f"diffusion_pytorch_model.{variant}.safetensors")
-    build()
-    plain.unlink()
-    with pytest.raises(train_vqgan.UserError, match="--pretrained_model_name_or_path: .* ema, fp16; rename"):
+    plain = exported(folder, "")
+    halves = {name: tensor.half() for name, tensor in plain.items()}
+    safetensors.torch.save_file(halves, folder / "diffusion_pytorch_model.fp16.safetensors")
+    kept = "decoder.conv_in.weight"
+    assert torch.equal(build().state_dict()[kept], plain[kept]) and not torch.equal(halves[kept].float(), plain[kept])
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(train_vqgan.UserError, match="--pretrained_model_name_or_path: cannot load .*: .*fp16"):
         build()
 
 
