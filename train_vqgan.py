@@ -1035,8 +1035,7 @@ def build_discriminator(args):
         config = read_config(flag, source, *DISCRIMINATORS, **where) if source else {}
         with user_error(flag, ValueError):
             discriminator = kinds[config.get("_class_name", "Discriminator")].from_config(config)
-    rgb = getattr(discriminator.config, "in_channels", 3) == 3
-    require(rgb, f"{flag}: in_channels must be 3: training images are RGB")
+    require(getattr(discriminator.config, "in_channels", 3) == 3, f"{flag}: in_channels must be 3, for RGB images")
     least = discriminator.min_resolution if args.adversarial_weight else 0
     require(args.resolution >= least, f"--resolution: {args.resolution} is too small for {flag}, which needs {least}")
     return discriminator.train()
@@ -1985,16 +1984,9 @@ def save_checkpoint(run):
     final = output / f"checkpoint-{run.state.step}"
     if not run.accelerator.is_main_process:
         return True
-    progress = {
-        "format": CHECKPOINT_FORMAT,
-        "step": run.state.step,
-        "samples_seen": run.state.samples_seen,
-        "seed": run.seed,
-        "processes": run.accelerator.num_processes,
-        "versions": versions(),
-        "schedule": run.schedule.recorded(),
-        "identity": identity_of(run),
-    }
+    progress = {"format": CHECKPOINT_FORMAT, "step": run.state.step, "samples_seen": run.state.samples_seen}
+    progress |= {"seed": run.seed, "processes": run.accelerator.num_processes, "versions": versions()}
+    progress |= {"schedule": run.schedule.recorded(), "identity": identity_of(run)}
     try:
         with replaced(final) as folder:
             export(run, folder)
@@ -2819,10 +2811,8 @@ def start_accelerator(args):
 
 def launcher_chose_threads():
     """Whether `accelerate launch` set its one thread because nobody had chosen; its own environment and flags say."""
-    launcher = psutil.Process().parent()
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ or launcher is None:
-        return False
     try:
+        launcher = psutil.Process(os.getppid())
         given, words = launcher.environ(), " ".join(launcher.cmdline()).replace("-", "_")
     except psutil.Error:  # it is gone, or somebody else's
         return False
@@ -3016,9 +3006,7 @@ def known_failure(error):
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words):
         advice = "lower --train_batch_size, raise --gradient_accumulation_steps, and leave --gradient_checkpointing on"
         return f"out of memory: {advice}"
-    import torch._inductor.exc as inductor  # slow, and loaded already when it has failed
-
-    if isinstance(error, (torch._dynamo.exc.BackendCompilerFailed, inductor.InvalidCxxCompiler)):
+    if type(error).__name__ in ("BackendCompilerFailed", "InvalidCxxCompiler"):  # importing them is slow
         needed = "it needs a C++ compiler on CPUs, Triton and a C compiler on GPUs; install them, or leave it out"
         return f"--torch_compile: {one_line(error)}; {needed}"
 

@@ -845,7 +845,8 @@ def test_fp16_overflow_skips_one_player(train, monkeypatch):
 
 HOLD = """
 import sys, time, filelock
-filelock.FileLock(sys.argv[1] + "/.lock").acquire()
+held = filelock.FileLock(sys.argv[1] + "/.lock")
+held.acquire()
 print("locked", flush=True)
 time.sleep(600)
 """
