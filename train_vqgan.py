@@ -2248,17 +2248,15 @@ def create_repository(args):
     """(main process) Id of the repository to upload to, created before training: a bad token shows now."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     logger.info(f"Contacting the Hugging Face Hub to create {name}")
-    with user_error(
-        f"--push_to_hub: the Hub did not create {name}", Exception
-    ):  # its HTTP library has errors of its own
+    with user_error(f"--push_to_hub: the Hub did not create {name}", Exception):  # of its HTTP library
         return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
 def upload(args, repository):
     """(main process)"""
     ignored = [".lock", "checkpoint-*", "unfinished-*", "wandb/*", f"{args.logging_dir}/*"]
-    what, hint = f"--push_to_hub: {repository} was not uploaded", f"; the result is in {args.output_dir}"
-    with user_error(what, Exception, hint):
+    hint = f"; the result is in {args.output_dir}"
+    with user_error(f"--push_to_hub: {repository} was not uploaded", Exception, hint):
         api = HfApi(token=args.hub_token)
         api.upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
     logger.info(f"Uploaded to {repository}")
@@ -2440,11 +2438,7 @@ class Clock:
     """Wall time of training since the last `read`, without pauses for validation and checkpoints."""
 
     def __init__(self, samples_seen):
-        self.restart(samples_seen)
-
-    def restart(self, samples_seen):
-        self.samples_seen, self.start = samples_seen, time.perf_counter()
-        self.seconds = {"waiting": 0.0, "paused": 0.0}
+        self.samples_seen, self.start, self.seconds = samples_seen, time.perf_counter(), Counter()
 
     @contextmanager
     def timing(self, what):
@@ -2453,10 +2447,11 @@ class Clock:
         self.seconds[what] += time.perf_counter() - start
 
     def read(self, samples_seen):
-        seconds = max(time.perf_counter() - self.start - self.seconds["paused"], 1e-9)
-        images, waiting = samples_seen - self.samples_seen, self.seconds["waiting"]
-        self.restart(samples_seen)
-        return {"speed/images_per_sec": images / seconds, "speed/data_time": waiting / seconds}
+        now, images = time.perf_counter(), samples_seen - self.samples_seen
+        seconds = max(now - self.start - self.seconds["paused"], 1e-9)
+        speed = {"speed/images_per_sec": images / seconds, "speed/data_time": self.seconds["waiting"] / seconds}
+        self.samples_seen, self.start, self.seconds = samples_seen, now, Counter()
+        return speed
 
 
 def log_training(run, clock, bar):
@@ -2694,9 +2689,7 @@ def accepted(test, problem):
     return parse
 
 
-FOREIGN = (
-    "{} is a single file, such as of taming-transformers or LDM: convert it to a diffusers VQModel directory first"
-)
+FOREIGN = "{} is a single file, such as of taming-transformers; convert it to a diffusers VQModel directory first"
 folder = accepted(os.path.isdir, "no such folder: {}")
 file = accepted(os.path.isfile, "no such file: {}")
 config = accepted(lambda path: not path.endswith(".json") or os.path.isfile(path), "no such file: {}")
@@ -2788,9 +2781,7 @@ def start_accelerator(args):
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         tasks = os.environ.get(name, "1")
         if alone and tasks != "1":
-            logger.warning(
-                f"{name} is {tasks}, but this run has 1 process: start one accelerate launch per node instead"
-            )
+            logger.warning(f"{name} is {tasks}, but this run has 1 process; start one accelerate launch per node")
     if alone and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         command = "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu"
         logger.warning(f"The launcher prepared several processes but started 1; for several on CPUs: {command}")
