@@ -938,8 +938,7 @@ def read_config(flag, source, *networks, **where):
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     for key in config:
         close = difflib.get_close_matches(key, known, 1, 0.5) or known
-        suggestion = f"did you mean {' or '.join(close)}?"
-        require(key in known, f"{flag}: {source}: {kind} has no '{key}'; {suggestion}")
+        require(key in known, f"{flag}: {source}: {kind} has no '{key}'; did you mean {' or '.join(close)}?")
     return config | {"_class_name": kind}
 
 
@@ -950,9 +949,7 @@ def read_json(text):
     except json.JSONDecodeError as error:
         comma = re.search(r",\s*[]}]$", text[: error.pos + 1])
         if comma:
-            raise json.JSONDecodeError(
-                "trailing comma; JSON has none after the last item", text, comma.start()
-            ) from error
+            raise json.JSONDecodeError("trailing comma; JSON has none at the end", text, comma.start()) from error
         raise
 
 
