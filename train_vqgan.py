@@ -2570,8 +2570,8 @@ def log_gradient_shares(run, x, lam):
 
 def log_setup(run):
     """Start-up lines: data, batch arithmetic, networks."""
-    args, schedule, networks = run.args, run.schedule, (run.state.generator, run.state.discriminator)
-    generator, discriminator = (sum(p.numel() for p in network.parameters()) / 1e6 for network in networks)
+    args, schedule = run.args, run.schedule
+    generator, discriminator = (n.num_parameters() / 1e6 for n in (run.state.generator, run.state.discriminator))
     images = "a stream of images" if args.streaming else f"{len(run.items)} images"
     logger.info(
         f"Training on {images} at {args.resolution} pixels for {schedule.steps} steps, seed {run.seed}\n"
