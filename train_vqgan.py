@@ -880,8 +880,10 @@ def build_generator(args):
     flag, source = "--model_config_name_or_path", args.model_config_name_or_path or DEFAULT_CONFIG
     if pretrained:
         flag, source = "--pretrained_model_name_or_path", pretrained
-    if pretrained and not args.subfolder:
-        logger.info(f"Looking for {source}/vqmodel, on the Hugging Face Hub if there is no such folder")
+    if pretrained and not args.subfolder and Path(source).is_dir():
+        where["subfolder"] = "vqmodel" if (Path(source) / "vqmodel").is_dir() else None
+    elif pretrained and not args.subfolder:
+        logger.info(f"Contacting the Hugging Face Hub for {source}/vqmodel")
         with suppress(OSError):  # not there, or read_config says why
             VQModel.load_config(source, **where | {"subfolder": "vqmodel"})
             where["subfolder"] = "vqmodel"
@@ -2994,7 +2996,9 @@ def known_failure(error):
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words):
         advice = "lower --train_batch_size, raise --gradient_accumulation_steps, and leave --gradient_checkpointing on"
         return f"out of memory: {advice}"
-    if type(error).__name__ in ("BackendCompilerFailed", "InvalidCxxCompiler"):  # importing them is slow
+    import torch._inductor.exc as inductor  # slow, and loaded already when it has failed
+
+    if isinstance(error, (torch._dynamo.exc.BackendCompilerFailed, inductor.InvalidCxxCompiler)):
         needed = "it needs a C++ compiler on CPUs, Triton and a C compiler on GPUs; install them, or leave it out"
         return f"--torch_compile: {one_line(error)}; {needed}"
 
