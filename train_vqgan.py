@@ -26,7 +26,6 @@ reporting, start-up checks, entry.
 import argparse
 import ctypes
 import difflib
-import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -72,7 +71,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 import torchmetrics.functional.image
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import (
     GradientAccumulationPlugin,
     ProjectConfiguration,
@@ -87,6 +86,7 @@ from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from diffusers.models.upsampling import Upsample2D
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -99,7 +99,6 @@ from discriminator import (
     TimmFeatures,
     TimmModel,
     TimmPooled,
-    check_backbone,
     choose_stages,
     load_backbone,
     lpips_heads,
@@ -124,6 +123,7 @@ class UserError(Exception):
 def build_parser():
     """The table of flags."""
     parser = Parser(prog="train_vqgan.py", description=__doc__.split("\n")[0], fromfile_prefix_chars="@", allow_abbrev=False, formatter_class=HelpFormatter)
+    parser.register("type", None, text)  # of flags that name no type
     schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     positive, count, weight = number(int, 1), number(int, 0), number(float, 0)
 
@@ -178,7 +178,7 @@ def build_parser():
     add = parser.group("optimisation")
     add("--train_batch_size", type=positive, default=16, help="images per process and micro-batch")
     add("--gradient_accumulation_steps", type=positive, default=1, help="micro-batches per step")
-    add("--num_train_epochs", type=number(float, above=0), default=100.0, help="passes over the data, when --max_train_steps is not given")
+    add("--num_train_epochs", type=number(float, 1e-30), default=100.0, help="passes over the data, when --max_train_steps is not given")
     add("--max_train_steps", type=positive, help="steps of the run")
     add("--learning_rate", type=weight, default=1e-4, help="peak learning rate of the generator")
     add("--discr_learning_rate", type=weight, default=1e-4, help="peak learning rate of the discriminator")
@@ -189,7 +189,7 @@ def build_parser():
     add("--adam_beta1", type=number(float, 0, 0.99999), default=0.9, help="AdamW beta1")
     add("--adam_beta2", type=number(float, 0, 0.99999), default=0.99, help="AdamW beta2")
     add("--adam_weight_decay", type=weight, default=1e-4, help="AdamW weight decay; none on codebook, norms and biases")
-    add("--adam_epsilon", type=number(float, above=0), default=1e-8, help="AdamW epsilon")
+    add("--adam_epsilon", type=number(float, 1e-30), default=1e-8, help="AdamW epsilon")
     add("--use_8bit_adam", fixed=True, action="store_true", help="8-bit AdamW of bitsandbytes")
     add("--max_grad_norm", type=weight, default=1.0, help="clip each network's gradient to this norm; 0: never")
     add("--max_bad_steps", type=positive, default=50, help="stop after this many steps in a row whose loss or gradient is not finite; fp16 takes some to find its scale")
@@ -238,26 +238,26 @@ def build_parser():
 def parse_args(argv=None):
     """Flags to a namespace; what cannot work ends here, before anything is loaded or written."""
     parser = build_parser()
-    try:  # once: a recipe may come through a pipe
-        argv = parser._read_args_from_files([*(sys.argv[1:] if argv is None else argv)])
-    except (UnicodeDecodeError, RecursionError) as error:
-        parser.error(f"a recipe after @ cannot be read: {one_line(error)}")
-    parser.fromfile_prefix_chars = None
-    given = parser.parse_args(argv)
     try:
-        check_args(given)
+        args = parser.parse_args(argv)
+        check_args(args)
     except UserError as error:
         parser.error(str(error))
+    except (UnicodeDecodeError, RecursionError) as error:
+        parser.error(f"a recipe after @ cannot be read: {one_line(error)}")
+    pretrained = args.pretrained_model_name_or_path
+    held_out = args.validation_data_dir or args.validation_split or args.streaming
     # The defaults of these depend on other flags: a pretrained model keeps its codes as they are.
-    pretrained = given.pretrained_model_name_or_path
-    held_out = given.validation_data_dir or given.validation_split or given.streaming
-    parser.set_defaults(
-        codebook_init="keep" if pretrained else "sphere",
-        codebook_norm="none" if pretrained else "l2",
-        codebook_restart_steps=0 if pretrained else 100,
-        validation_fraction=0.0 if held_out else 0.01,
-    )
-    return parser.parse_args(argv)
+    defaults = {
+        "codebook_init": "keep" if pretrained else "sphere",
+        "codebook_norm": "none" if pretrained else "l2",
+        "codebook_restart_steps": 0 if pretrained else 100,
+        "validation_fraction": 0.0 if held_out else 0.01,
+    }
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    return args
 
 
 # ---- Objectives ----------------------------------------------------------------------------------------------------
@@ -864,11 +864,8 @@ class Run:
         with accelerator.local_main_process_first():  # downloads once per machine
             self.items, held_out, self.data_identity = load_data(args, self.seed)
             perceptual = build_perceptual(args)
-            self.evaluator = None
-            if held_out is not None:
-                self.evaluator = Evaluator(accelerator, held_out, perceptual, args, self.seed)
-        none_left = "--save_best: no image is left to hold out; name some with --validation_data_dir"
-        require(self.evaluator or not args.save_best, none_left)
+            self.evaluator = held_out and Evaluator(accelerator, held_out, perceptual, args, self.seed)
+        require(self.evaluator or not args.save_best, "--save_best: no image to hold out; see --validation_data_dir")
         n_images = None if args.streaming else len(self.items)
         self.schedule = Schedule(args, self.images_per_step, n_images, progress)
         self.state = TrainingState(generator, discriminator, self.schedule, args, accelerator)
@@ -884,23 +881,20 @@ class Run:
 def build_generator(args):
     """The VQModel to train, its quantiser swapped for ours."""
     where = {"subfolder": args.subfolder, "revision": args.revision, "cache_dir": args.cache_dir}
-    if args.pretrained_model_name_or_path:
-        flag, source = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-        if Path(source).is_dir():
-            inner = Path(source) / (where.pop("subfolder") or "vqmodel")
-            source = str(inner) if inner.is_dir() or args.subfolder else source
-        elif not args.subfolder and not Path(source).exists():
-            logger.info(f"Contacting the Hugging Face Hub for {source}/vqmodel")
-            with suppress(OSError):  # not there, or read_config says why
-                VQModel.load_config(source, **where | {"subfolder": "vqmodel"})
-                where["subfolder"] = "vqmodel"
-        check_vqmodel_config(flag, read_config(flag, source, VQModel, **where), args.resolution)
-        model = load_pretrained(VQModel, flag, source, **where)
-    else:
-        flag, source = "--model_config_name_or_path", args.model_config_name_or_path or DEFAULT_CONFIG
-        config = read_config(flag, source, VQModel, **where)
-        check_vqmodel_config(flag, config, args.resolution)
-        model = VQModel.from_config(config)
+    pretrained = args.pretrained_model_name_or_path
+    flag, source = "--model_config_name_or_path", args.model_config_name_or_path or DEFAULT_CONFIG
+    if pretrained:
+        flag, source = "--pretrained_model_name_or_path", pretrained
+    if pretrained and not args.subfolder and Path(source).is_dir():
+        where["subfolder"] = "vqmodel" if (Path(source) / "vqmodel").is_dir() else None
+    elif pretrained and not args.subfolder:
+        logger.info(f"Contacting the Hugging Face Hub for {source}/vqmodel")
+        with suppress(OSError):  # not there, or read_config says why
+            VQModel.load_config(source, **where | {"subfolder": "vqmodel"})
+            where["subfolder"] = "vqmodel"
+    config = read_config(flag, source, VQModel, **where)
+    check_vqmodel_config(flag, config, args.resolution)
+    model = load_pretrained(VQModel, flag, source, **where) if pretrained else VQModel.from_config(config)
     model.quantize = build_quantizer(model.quantize, args)
     if args.train_only == "decoder":
         model.requires_grad_(False)
@@ -912,27 +906,13 @@ def build_generator(args):
 
 
 def load_pretrained(network, flag, source, **where):
-    """A pretrained network of this class, from its plain weight file or the only variant there is, such as fp16."""
+    """A pretrained network of this class, from its plain weight file or else its fp16 variant, as some are published."""
     options = {"torch_dtype": torch.get_default_dtype(), "output_loading_info": True, **where}
     with user_error(f"{flag}: cannot load {source}", Exception):
         try:
             model, report = network.from_pretrained(source, **options)
         except OSError:
-            folder = f"{where['subfolder']}/" if where.get("subfolder") else ""
-            files = [f"{folder}diffusion_pytorch_model.fp16.safetensors"]  # nearly always, when a cache cannot say
-            if Path(source).is_dir():
-                files = os.listdir(source)
-            else:
-                with suppress(OSError):
-                    files = HfApi().list_repo_files(source, revision=where.get("revision"))
-            pattern = re.compile(re.escape(folder) + r"diffusion_pytorch_model\.([^.]+)\.(safetensors|bin)")
-            variants = sorted({match[1] for match in map(pattern.fullmatch, files) if match})
-            several = f"{flag}: {source} holds several variants of the weights, {', '.join(variants)}"
-            require(len(variants) < 2, f"{several}; rename one to diffusion_pytorch_model.safetensors")
-            if not variants:
-                raise
-            logger.info(f"{source} holds no plain weight file: taking its variant {variants[0]}")
-            model, report = network.from_pretrained(source, variant=variants[0], **options)
+            model, report = network.from_pretrained(source, variant="fp16", **options)
     missing, unknown = (", ".join(sorted(report[kind])[:5]) for kind in ("missing_keys", "unexpected_keys"))
     require(not missing, f"{flag}: the weights in {source} do not fit its config; they lack {missing}")
     if unknown:
@@ -950,17 +930,8 @@ def read_config(flag, source, *networks, **where):
         path = path / (where.get("subfolder") or "") / "config.json"
         require(path.is_file(), f"{flag}: no config.json in {path.parent}")
     if path.is_file():
-        with user_error(f"{flag}: {path} is no text file", (UnicodeDecodeError, OSError)):
-            text = path.read_text(encoding="utf-8-sig")
-        try:
-            config = json.loads(text)
-        except json.JSONDecodeError as error:
-            before = text[: error.pos + 1].rstrip("]} \t\r\n")
-            line, column, message = error.lineno, error.colno, error.msg
-            if before.endswith(",") and text[len(before) :].lstrip()[:1] in ("]", "}"):  # say where the comma is
-                line, column = before.count("\n") + 1, len(before) - (before.rfind("\n") + 1)
-                message = "trailing comma; JSON has none after the last item"
-            raise UserError(f"{flag}: {path}, line {line}, column {column}: {message}") from error
+        with user_error(f"{flag}: {path}", (OSError, ValueError)):
+            config = read_json(path.read_text(encoding="utf-8-sig"))
         require(isinstance(config, dict), f"{flag}: {path} holds no JSON object")
     else:
         logger.info(f"Contacting the Hugging Face Hub for the config of {source}")
@@ -970,28 +941,35 @@ def read_config(flag, source, *networks, **where):
     kinds = {network.__name__: network for network in networks}
     kind = config.get("_class_name", networks[0].__name__)
     require(kind in kinds, f"{flag}: {source} is the config of {kind}, not of {' or '.join(kinds)}")
-    network = kinds[kind]
-    known = [name for name in inspect.signature(network.__init__).parameters if name != "self"]
+    known = [name for name in inspect.signature(kinds[kind].__init__).parameters if name != "self"]
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     for key in config:
         close = difflib.get_close_matches(key, known, 1, 0.5) or known
-        unknown = f"{flag}: {source}: {network.__name__} has no '{key}'; did you mean {' or '.join(close)}?"
-        require(key in known, unknown)
+        require(key in known, f"{flag}: {source}: {kind} has no '{key}'; did you mean {' or '.join(close)}?")
     return config | {"_class_name": kind}
+
+
+def read_json(text):
+    """json.loads, which says of a trailing comma what it is, and where."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        comma = re.search(r",\s*[]}]$", text[: error.pos + 1])
+        if comma:
+            raise json.JSONDecodeError("trailing comma; JSON has none at the end", text, comma.start()) from error
+        raise
 
 
 def check_vqmodel_config(flag, config, resolution):
     """UserError for a VQModel config that cannot train at this resolution, in diffusers' words where it has some."""
-    lists = ("block_out_channels", "down_block_types", "up_block_types")
-    filled = all(isinstance(config.get(key, [1]), (list, tuple)) and config.get(key, [1]) for key in lists)
-    require(filled, f"{flag}: {', '.join(lists)} must be lists")
-    lengths = [len(config.get(key, [1])) for key in lists]
-    listed = ", ".join(f"{key} {length}" for key, length in zip(lists, lengths))
-    require(len(set(lengths)) == 1, f"{flag}: these lists need the same length: {listed}")
+    keys = ("block_out_channels", "down_block_types", "up_block_types")
+    lists = [config.get(key, [1]) for key in keys]
+    lengths = {len(value) if isinstance(value, (list, tuple)) else 0 for value in lists}
+    require(len(lengths) == 1 and all(lengths), f"{flag}: {', '.join(keys)} must be lists of the same length")
     norm = config.get("norm_type", "group")
     require(norm in ("group", "spatial"), f"{flag}: norm_type: {norm!r} is not one of group, spatial")
-    factor = 2 ** (lengths[0] - 1)
-    nearest = max(factor, round(resolution / factor) * factor)
+    factor = 2 ** (len(lists[0]) - 1)
+    nearest = max(1, round(resolution / factor)) * factor
     divisible = f"{resolution} is not divisible by the model's downsampling {factor}; {nearest} is"
     require(resolution % factor == 0, f"--resolution: {divisible}")
     x = torch.zeros(1, 3, resolution, resolution, device="meta")
@@ -1052,9 +1030,7 @@ def build_discriminator(args):
     where, kinds = {"cache_dir": args.cache_dir}, {network.__name__: network for network in DISCRIMINATORS}
     if args.pretrained_discriminator_name_or_path:
         flag, source = "--pretrained_discriminator_name_or_path", args.pretrained_discriminator_name_or_path
-        if (Path(source) / "discriminator").is_dir():
-            source = str(Path(source) / "discriminator")
-        elif not Path(source).is_dir():
+        if (Path(source) / "discriminator").is_dir() or not Path(source).is_dir():
             where["subfolder"] = "discriminator"
         network = kinds[read_config(flag, source, *DISCRIMINATORS, **where)["_class_name"]]
         discriminator = load_pretrained(network, flag, source, **where)
@@ -1063,11 +1039,9 @@ def build_discriminator(args):
         config = read_config(flag, source, *DISCRIMINATORS, **where) if source else {}
         with user_error(flag, ValueError):
             discriminator = kinds[config.get("_class_name", "Discriminator")].from_config(config)
-    rgb = getattr(discriminator.config, "in_channels", 3) == 3
-    require(rgb, f"{flag}: in_channels must be 3: training images are RGB")
+    require(getattr(discriminator.config, "in_channels", 3) == 3, f"{flag}: in_channels must be 3, for RGB images")
     least = discriminator.min_resolution if args.adversarial_weight else 0
-    small = f"--resolution: {args.resolution} is too small for the discriminator, which needs {least}"
-    require(args.resolution >= least, f"{small}; choose another with {flag}")
+    require(args.resolution >= least, f"--resolution: {args.resolution} is too small for {flag}, which needs {least}")
     return discriminator.train()
 
 
@@ -1076,19 +1050,14 @@ def build_perceptual(args):
     if not args.perceptual_weight:
         return None
     name, layers, weights = args.timm_model_backend, args.timm_model_layers, args.timm_model_weights
-    logits = layers == "logits"
-    with user_error("--timm_model_backend", ValueError):
-        check_backbone(name, args.cache_dir) if logits else choose_stages(name, None, args.cache_dir)
-    with user_error("--timm_model_layers", ValueError):
-        stages = [] if logits else choose_stages(name, layers, args.cache_dir)
-        heads = lpips_heads(stages) if name.split(".")[0] == "vgg16" else ()
-    with user_error("--timm_model_weights", ValueError):
-        if logits:
+    with user_error("--timm_model_backend, --timm_model_layers or --timm_model_weights", ValueError):
+        if layers == "logits":
             backbone = load_backbone(name, weights, args.cache_dir)
             loss = LogitsLoss(backbone, backbone.pretrained_cfg["input_size"][-2:])
         else:
-            features = TimmFeatures(name, stages, weights, args.cache_dir, args.resolution)
-            loss = PerceptualLoss(features, heads)
+            stages = choose_stages(name, layers, args.cache_dir)
+            heads = lpips_heads(stages) if name.split(".")[0] == "vgg16" else ()
+            loss = PerceptualLoss(TimmFeatures(name, stages, weights, args.cache_dir, args.resolution), heads)
     small = f"--timm_model_backend: {name} fails at {args.resolution} pixels"
     with user_error(small, (RuntimeError, ValueError, AssertionError)), torch.no_grad():
         loss(*torch.zeros(2, 1, 3, args.resolution, args.resolution))
@@ -1751,16 +1720,13 @@ class Evaluator:
             with user_error("--fid", Exception, hint):
                 self.frechet["rfid_inception"] = FrechetInceptionDistance(2048, **options)
         if args.frechet_backend:
-            with user_error("--frechet_weights", ValueError):
+            with user_error("--frechet_backend or --frechet_weights", ValueError):
                 features = TimmPooled(args.frechet_backend, args.frechet_weights, args.cache_dir)
             self.frechet[f"frechet_{args.frechet_backend}"] = FrechetInceptionDistance(features)
         for network in [*self.distances.values(), *self.frechet.values()]:
             network.to(accelerator.device)
-        for name, metric in self.frechet.items():
+        for metric in self.frechet.values():
             metric.orig_dtype = torch.get_default_dtype()  # left unset where a process has no image
-            features = len(metric.real_features_sum)
-            if self.n and self.n < 2 * features:
-                logger.warning(f"val/{name}: {self.n} images are few for {features} features; compare at equal N only")
 
     @torch.no_grad()
     @exact_fp32()
@@ -1787,9 +1753,9 @@ class Evaluator:
             ahead = gather_object([(watch.signal, numbers is not None, failure)])
             watch.stopping = watch.stopping or any(number for number, _, _ in ahead)
             failures = [failure for _, _, failure in ahead if failure]
+            if failures:
+                logger.warning(f"This validation is left out: {failures[0]}")
             if watch.stopping or failures:
-                for failure in failures[:1]:
-                    logger.warning(f"This validation is left out: {failure}")
                 return {}, counts
             if not any(more for _, more, _ in ahead):
                 break
@@ -1842,7 +1808,7 @@ class Evaluator:
         return scores
 
     def protocol(self, weights):
-        """What has to be the same for two numbers to be comparable."""
+        """What has to be the same for two numbers to be comparable; README.md says what always is."""
         args = self.args
         source = args.validation_data_dir or args.dataset_name or args.train_data_dir or "images/train"
         part = args.validation_split or f"{args.validation_fraction} held out with seed {self.seed}"
@@ -1851,12 +1817,8 @@ class Evaluator:
             "data": portable(source) if args.validation_data_dir else f"{portable(source)}, {part}",
             "sample": f"the first {self.n or 'to the last'}" if self.streamed else f"{self.n} drawn with seed 0",
             "resolution": args.resolution,
-            "crop": "centre, side as the short one, resized by torch (bicubic, antialiased)",
-            "rounding": "reconstructions clipped and rounded to 8 bits",
-            "ssim": "gaussian window 11, sigma 1.5, data range 1, border of 5 pixels cropped",
             "distances": {name: network.layers for name, network in self.distances.items()},
             "frechet": {name: metric.real_features_sum.numel() for name, metric in self.frechet.items()},
-            "precision": "fp32",
             "versions": versions(),
         }
 
@@ -1935,22 +1897,21 @@ def log_codes(run, counts):
 
 def keep_best(run, metrics):
     """(main process) Export to output_dir/best when --save_best is better than what best.json there says."""
-    best = Path(run.args.output_dir) / "best"
-    key = next((key for key in metrics if key.startswith(f"val/{run.args.save_best}_")), "")
-    metric, before = key.rpartition("_n")[0], read_best(best)
-    judges = run.evaluator.protocol("")["distances"] if run.evaluator else {}
-    # over however many images: --num_validation_samples may change, and files may become unreadable
-    earlier = next((value for name, value in before.items() if metric and name.rpartition("_n")[0] == metric), None)
-    name = metric.removeprefix("val/")
-    if before.get("distances", {}).get(name) != judges.get(name):
-        earlier = None  # of other layers it is another number
-    if not key or (earlier is not None and BEST[run.args.save_best](earlier, metrics[key]) == earlier):
+    best, chosen = Path(run.args.output_dir) / "best", run.args.save_best
+    key = next((key for key in metrics if key.startswith(f"val/{chosen}_")), None)
+    if key is None:
+        return
+    # Over however many images, which may change; but of other layers a perceptual distance is another number.
+    name = key.removeprefix("val/").rpartition("_n")[0]
+    measured = [name, getattr(run.evaluator.distances.get(name), "layers", None)]
+    before = read_best(best)
+    if before.get("measured") == measured and BEST[chosen](before["value"], metrics[key]) == before["value"]:
         return
     with keep_going("keep the best export"):
         with replaced(best) as folder:
             export(run, folder)
-            best_so_far = {"step": run.state.step} | metrics | {"distances": judges}
-            (folder / "best.json").write_text(json.dumps(best_so_far, indent=2))
+            now = {"step": run.state.step, "value": metrics[key], "measured": measured} | metrics
+            (folder / "best.json").write_text(json.dumps(now, indent=2))
         logger.info(f"Best so far: {key} {metrics[key]:.5g} at step {run.state.step}, in {best}")
 
 
@@ -1965,9 +1926,7 @@ def read_best(best):
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 LEFTOVER_NAME = re.compile(r"unfinished-(old-)?(checkpoint-\d+|best)")
-CHECKPOINT_FORMAT = 2
-# The exported networks that hold the weights of these; what differs from them stands beside, in NAME.safetensors.
-EXPORTED = {"generator": "vqmodel", "ema": "vqmodel", "discriminator": "discriminator"}
+CHECKPOINT_FORMAT = 3
 
 
 class TrainingState:
@@ -2010,15 +1969,12 @@ class TrainingState:
         }
 
     def load_state_dict(self, state, accelerator):
-        saved = state["weights"]["generator"]  # with a codebook of the export, which not every quantiser has as weights
-        self.generator.load_state_dict({name: saved[name] for name in self.generator.state_dict()})
+        self.generator.load_state_dict(state["weights"]["generator"])
         self.discriminator.load_state_dict(state["weights"]["discriminator"])
         for name, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]  # the flags of this run, not of the last
             optimizer.load_state_dict(state["optimizers"][name] | {"param_groups": groups})
-        if self.ema and not state["ema"]:
-            logger.warning("The checkpoint holds no EMA: it starts from the weights there")
-        if self.ema:
+        if self.ema:  # which starts from the weights when the checkpoint holds none
             averaged = state["weights"].get("ema", state["weights"]["generator"])
             shadow = [averaged[name].to(accelerator.device) for name, _ in self.generator.named_parameters()]
             self.ema.load_state_dict(state["ema"] | {"shadow_params": shadow, "decay": self.ema.decay})
@@ -2048,17 +2004,16 @@ def save_checkpoint(run):
         with replaced(final) as folder:
             export(run, folder)
             for name, weights in state.pop("weights").items():
-                save_difference(weights, name, folder)
-            if (output / "best").exists():
-                link_tree(output / "best", folder / "best")
+                safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
+            if (output / "best").exists():  # to go back to, should later steps be taken again
+                shutil.copytree(output / "best", folder / "best")
             with open(folder / "training.pt", "wb") as file:  # a full disk is an OSError then
                 torch.save(state, file)
             progress["files"] = manifest(folder)
             (folder / "progress.json").write_text(json.dumps(progress, indent=2))
     except WRITE_ERRORS as error:
         good = (checkpoints(output) or ["none"])[-1]
-        why = one_line(error)
-        logger.error(f"Could not save {final}: {why}; training goes on, the last good checkpoint is {good}")
+        logger.error(f"Could not save {final}: {one_line(error)}; training goes on, the last good checkpoint is {good}")
         return False
     logger.info(f"Saved {final}")
     with keep_going("remove old checkpoints"):
@@ -2069,51 +2024,18 @@ def save_checkpoint(run):
     return True
 
 
-def link_tree(source, target):
-    """The same folder once more, by hard links where the file system has them: no file here is written twice."""
-
-    def link_or_copy(file, new):
-        try:
-            os.link(file, new)
-        except OSError:
-            shutil.copy2(file, new)
-
-    shutil.copytree(source, target, copy_function=link_or_copy, dirs_exist_ok=True)
-
-
-def save_difference(weights, name, folder):
-    """NAME.safetensors: those of `weights` that are not in the export as they are; no file when there are none."""
-    exported = safetensors.torch.load_file(folder / EXPORTED[name] / "diffusion_pytorch_model.safetensors")
-    weights = {key: weight.cpu().contiguous() for key, weight in weights.items()}
-    own = {key: w for key, w in weights.items() if key not in exported or not torch.equal(w, exported[key])}
-    if own:
-        safetensors.torch.save_file(own, folder / f"{name}.safetensors")
-
-
-def load_weights(folder, name):
-    """The weights "generator", "discriminator" or "ema" of a checkpoint."""
-    exported = safetensors.torch.load_file(folder / EXPORTED[name] / "diffusion_pytorch_model.safetensors")
-    own = folder / f"{name}.safetensors"
-    return exported | (safetensors.torch.load_file(own) if own.exists() else {})
-
-
 def load_checkpoint(run, checkpoint, progress):
     """(all processes) The reverse of `save_checkpoint`; UserError where what is trained has changed."""
-    before, identity = progress["identity"], identity_of(run)
-    for key in before:  # a newer version of a library may know more settings
-        was, now = before.get(key), identity.get(key)
+    identity = identity_of(run)
+    for key, was in progress["identity"].items():  # a newer version of a library may know more settings
+        changed = f"{key} was {was} in {checkpoint} and is {identity.get(key)} now"
         remedy = "restore it, or start afresh in another --output_dir"
-        require(was == now, f"--resume_from_checkpoint: {key} was {was} in {checkpoint} and is {now} now; {remedy}")
+        require(was == identity.get(key), f"--resume_from_checkpoint: {changed}; {remedy}")
     state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
+    state["weights"] = {path.stem: safetensors.torch.load_file(path) for path in checkpoint.glob("*.safetensors")}
     if checkpoint.resolve().parent != Path(run.args.output_dir).resolve():  # a branch: another run on the tracker, too
         state["tracker_run"] = run.state.tracker_run
-    names = EXPORTED if state["ema"] else ("generator", "discriminator")
-    run.state.load_state_dict(
-        state | {"weights": {name: load_weights(checkpoint, name) for name in names}}, run.accelerator
-    )
-    was, now = progress["processes"], run.accelerator.num_processes
-    if was != now:
-        logger.info(f"{was} processes before, {now} now: the images go on where they were, sums differ in order")
+    run.state.load_state_dict(state, run.accelerator)
     logger.info(f"Resumed from {checkpoint}: step {run.state.step}, {run.state.samples_seen} images seen")
 
 
@@ -2133,50 +2055,46 @@ def find_checkpoint(args):
 
     `latest` takes the newest whole one; on a directory without checkpoints it is a fresh start.
     """
-    output, resume = Path(args.output_dir), args.resume_from_checkpoint
-    present, flag = checkpoints(output, intact=False), "--resume_from_checkpoint"
+    output, resume, flag = Path(args.output_dir), args.resume_from_checkpoint, "--resume_from_checkpoint"
+    latest, present = resume == "latest", checkpoints(output)
     results = read_metrics(args) or [name for name in ("vqmodel", "best") if (output / name).exists()]
+    if not resume and present:
+        raise UserError(f"--output_dir: {output} already holds a run; {flag} latest goes on with it")
+    if results and not present and (latest or not resume):
+        nothing = "holds results of a run, but no checkpoint to go on from"
+        raise UserError(f"--output_dir: {output} {nothing}; move it away, or choose another directory")
     if not resume:
-        remedy = f"add {flag} latest to go on with it, or choose another directory"
-        if not present:
-            remedy = f"move it away, or choose another directory; {flag} latest would find no checkpoint"
-        require(not present and not results, f"--output_dir: {output} already holds a run; {remedy}")
         return None, {}
-    nothing = f"{output} holds results of a run, but no checkpoint to go on from; move them away to start afresh"
-    require(present or not results or resume != "latest", f"{flag}: {nothing}, or choose another --output_dir")
-    for checkpoint in reversed(present) if resume == "latest" else [Path(resume)]:
+    for checkpoint in reversed(present) if latest else [Path(resume)]:
         fault = find_fault(checkpoint)
-        if not fault:
-            progress = json.loads((checkpoint / "progress.json").read_text())
-            remedy = "go on with that version, or start a new run with --pretrained_model_name_or_path"
-            known = progress.get("format") == CHECKPOINT_FORMAT
-            require(known, f"{flag}: {checkpoint} is of another version of this script; {remedy}")
-            if checkpoint.resolve().parent != output.resolve():  # a branch, perhaps tried before
-                others = present or [line for line in read_metrics(args) if line["step"] <= step_of(checkpoint)]
-                require(not others, f"--output_dir: {output} already holds another run; choose another directory")
-            later = ", ".join(str(path) for path in present if step_of(path) > step_of(checkpoint))
-            continuation = f"later checkpoints than {checkpoint} would be taken for its continuation"
-            require(resume == "latest" or not later, f"{flag}: {continuation}; move them away first: {later}")
-            return checkpoint, progress
+        if fault and latest:
+            logger.warning(f"{checkpoint} is damaged and left out: {fault}")
+            continue
         found = ", ".join(map(str, present)) or f"none in {output}"
-        require(resume == "latest", f"{flag}: {checkpoint} is no whole checkpoint ({fault}); found: {found}")
-        logger.warning(f"{checkpoint} is damaged and left out: {fault}")
+        require(not fault, f"{flag}: {checkpoint} is no whole checkpoint ({fault}); found: {found}")
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        remedy = "go on with that version, or start a new run with --pretrained_model_name_or_path"
+        known = progress.get("format") == CHECKPOINT_FORMAT
+        require(known, f"{flag}: {checkpoint} is of another version of this script; {remedy}")
+        if checkpoint.resolve().parent != output.resolve():  # a branch, perhaps tried before
+            others = present or [line for line in read_metrics(args) if line["step"] <= step_of(checkpoint)]
+            require(not others, f"--output_dir: {output} already holds another run; choose another directory")
+        later = ", ".join(str(path) for path in present if step_of(path) > step_of(checkpoint))
+        continuation = f"later checkpoints than {checkpoint} would be taken for its continuation"
+        require(latest or not later, f"{flag}: {continuation}; move them away first: {later}")
+        return checkpoint, progress
     require(not present, f"{flag}: no whole checkpoint in {output}; remove it to start afresh")
     return None, {}
 
 
-def checkpoints(output_dir, intact=True):
-    """Checkpoints in `output_dir`, oldest first; only those whose files are all there, unless told otherwise."""
+def checkpoints(output_dir):
+    """Checkpoints in `output_dir`, oldest first, as they were written: whole."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)]
-    return sorted([path for path in found if not (intact and find_fault(path, hashes=False))], key=step_of)
+    return sorted(found, key=step_of)
 
 
 def step_of(checkpoint):
     return int(Path(checkpoint).name.split("-")[1])
-
-
-def unsaved(output):
-    return f"--output_dir: the last checkpoint could not be saved in {output}, see above; {how_to_go_on(output)}"
 
 
 def how_to_go_on(output):
@@ -2194,26 +2112,17 @@ def manifest(folder):
     return found
 
 
-def find_fault(checkpoint, hashes=True):
-    """What is wrong with a checkpoint directory by its manifest, or None; `hashes` reads all of it."""
+def find_fault(checkpoint):
+    """What is wrong with a checkpoint directory by its manifest, or None."""
     if not CHECKPOINT_NAME.fullmatch(checkpoint.name):
         return "its name is not checkpoint-N"
-    if not checkpoint.is_dir():
-        return "there is no such directory"
     try:
-        listed = json.loads((checkpoint / "progress.json").read_text())["files"]
-        files = {name: dict(file) for name, file in listed.items()}
+        files = json.loads((checkpoint / "progress.json").read_text())["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "progress.json is missing or not whole"
-    for name, expected in files.items():
-        path = checkpoint / name
-        size = path.stat().st_size if path.is_file() else None
-        if size != expected["bytes"]:
-            return f"{name} is missing" if size is None else f"{name} has {size} bytes, not {expected['bytes']}"
-    found = manifest(checkpoint) if hashes else files
-    for name in files:
-        if found[name] != files[name]:
-            return f"{name} does not have the content that was saved"
+    found = manifest(checkpoint)
+    wrong = [name for name, expected in files if found.get(name) != expected]
+    return f"{wrong[0]} is missing or not as it was saved" if wrong else None
 
 
 @contextmanager
@@ -2264,20 +2173,17 @@ def sync(path):
 
 @contextmanager
 def as_exported(state):
-    """Inside, the generator is in eval mode and holds the EMA's weights, when there is one; nothing is copied."""
-    pairs = list(zip(state.generator.parameters(), state.ema.shadow_params)) if state.ema else []
-    training = state.generator.training
-
-    def swap():
-        for parameter, shadow in pairs:
-            parameter.data, shadow.data = shadow.data, parameter.data
-
-    swap()
+    """Inside, the generator is in eval mode and holds the EMA's weights, when there is one."""
+    parameters, training = list(state.generator.parameters()), state.generator.training
+    if state.ema:
+        state.ema.store(parameters)
+        state.ema.copy_to(parameters)
     state.generator.eval()
     try:
         yield
     finally:
-        swap()
+        if state.ema:
+            state.ema.restore(parameters)
         state.generator.train(training)
 
 
@@ -2355,17 +2261,15 @@ def create_repository(args):
     """(main process) Id of the repository to upload to, created before training: a bad token shows now."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     logger.info(f"Contacting the Hugging Face Hub to create {name}")
-    with user_error(
-        f"--push_to_hub: the Hub did not create {name}", Exception
-    ):  # its errors vary with its HTTP library
+    with user_error(f"--push_to_hub: the Hub did not create {name}", Exception):  # of its HTTP library
         return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
 
 
 def upload(args, repository):
     """(main process)"""
     ignored = [".lock", "checkpoint-*", "unfinished-*", "wandb/*", f"{args.logging_dir}/*"]
-    what, hint = f"--push_to_hub: {repository} was not uploaded", f"; the result is in {args.output_dir}"
-    with user_error(what, Exception, hint):
+    hint = f"; the result is in {args.output_dir}"
+    with user_error(f"--push_to_hub: {repository} was not uploaded", Exception, hint):
         api = HfApi(token=args.hub_token)
         api.upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
     logger.info(f"Uploaded to {repository}")
@@ -2483,16 +2387,14 @@ class Watch:
         self.bad_steps = self.bad_steps + 1 if bad else 0
         if not bad:
             return
-        first_sample = run.state.samples_seen - (run.state.step - step + 1) * run.images_per_step
-        samples = f"samples {first_sample} to {first_sample + run.images_per_step - 1}"
+        first = run.state.samples_seen - (run.state.step - step + 1) * run.images_per_step
+        samples = f"samples {first} to {first + run.images_per_step - 1}"
         where = f"Step {step}, {samples}: loss or gradient of the {bad} not finite"
         logger.warning(f"{where}; the update was skipped ({self.bad_steps} in a row)")
-        if self.bad_steps >= run.args.max_bad_steps:
-            good = (checkpoints(run.args.output_dir) or ["none"])[-1]
-            raise UserError(
-                f"{self.bad_steps} steps in a row were not finite. {where}; the last good checkpoint is {good}; "
-                "lower --learning_rate or --max_grad_norm, or use --mixed_precision bf16 or no"
-            )
+        good = (checkpoints(run.args.output_dir) or ["none"])[-1]
+        remedy = "lower --learning_rate or --max_grad_norm, or use --mixed_precision bf16 or no"
+        last = f"{self.bad_steps} steps in a row were not finite. {where}; the last good checkpoint is {good}; {remedy}"
+        require(self.bad_steps < run.args.max_bad_steps, last)
 
 
 @contextmanager
@@ -2510,9 +2412,8 @@ def signals_noted(watch):
                 os.write(2, f"\n{signal.Signals(number).name}: stopping at the end of this step\n".encode())
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has two of them
-    noted = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, note) for number in noted}
+    noted = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows has two of them
+    before = {n: signal.signal(n, note) for n in signal.Signals if n.name in noted}
     try:
         yield
     finally:
@@ -2550,11 +2451,7 @@ class Clock:
     """Wall time of training since the last `read`, without pauses for validation and checkpoints."""
 
     def __init__(self, samples_seen):
-        self.restart(samples_seen)
-
-    def restart(self, samples_seen):
-        self.samples_seen, self.start = samples_seen, time.perf_counter()
-        self.seconds = {"waiting": 0.0, "paused": 0.0}
+        self.samples_seen, self.start, self.seconds = samples_seen, time.perf_counter(), Counter()
 
     @contextmanager
     def timing(self, what):
@@ -2563,10 +2460,11 @@ class Clock:
         self.seconds[what] += time.perf_counter() - start
 
     def read(self, samples_seen):
-        seconds = max(time.perf_counter() - self.start - self.seconds["paused"], 1e-9)
-        images, waiting = samples_seen - self.samples_seen, self.seconds["waiting"]
-        self.restart(samples_seen)
-        return {"speed/images_per_sec": images / seconds, "speed/data_time": waiting / seconds}
+        now, images = time.perf_counter(), samples_seen - self.samples_seen
+        seconds = max(now - self.start - self.seconds["paused"], 1e-9)
+        speed = {"speed/images_per_sec": images / seconds, "speed/data_time": self.seconds["waiting"] / seconds}
+        self.samples_seen, self.start, self.seconds = samples_seen, now, Counter()
+        return speed
 
 
 def log_training(run, clock, bar):
@@ -2586,10 +2484,9 @@ def log_training(run, clock, bar):
         metrics["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     write_metrics(run, metrics)
     shown = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "disc", "codebook/used": "codes"}
-    shown = {name: f"{metrics[key]:.3g}" for key, name in shown.items() if key in metrics}
-    bar.set_postfix(shown)
+    shown = ", ".join(f"{name} {metrics[key]:.3g}" for key, name in shown.items() if key in metrics)
+    bar.set_postfix_str(shown)
     if bar.disable:
-        shown = ", ".join(f"{name} {value}" for name, value in shown.items())
         speed = metrics["speed/images_per_sec"]
         logger.info(f"Step {state.step} of {run.schedule.steps}: {shown}, {speed:.3g} images/s")
 
@@ -2600,14 +2497,13 @@ def warn_of_discriminator(run, metrics):
     if "discriminator" in run.watch.warned or not ramp_over or "disc/accuracy" not in metrics:
         return
     accuracy, gap = metrics["disc/accuracy"], abs(metrics["disc/real"] - metrics["disc/fake"])
-    if accuracy > 0.98:
-        advice = "has won, the generator learns little from it; lower --discr_learning_rate or raise --lecam_weight"
-    elif abs(accuracy - 0.5) < 0.02 and gap < 0.02:
-        advice = "has collapsed; raise --discr_learning_rate, or give it time with a lower --adversarial_weight"
-    else:
-        return
-    run.watch.warned.add("discriminator")
-    logger.warning(f"Step {run.state.step}: the discriminator is right {accuracy:.0%} of the time: it {advice}")
+    won, collapsed = accuracy > 0.98, abs(accuracy - 0.5) < 0.02 and gap < 0.02
+    advice = "won: lower --discr_learning_rate or raise --lecam_weight"
+    if collapsed:
+        advice = "collapsed: raise --discr_learning_rate, or give it time with a lower --adversarial_weight"
+    if won or collapsed:
+        run.watch.warned.add("discriminator")
+        logger.warning(f"Step {run.state.step}: the discriminator, right {accuracy:.0%} of the time, has {advice}")
 
 
 def write_metrics(run, metrics, **protocol):
@@ -2632,17 +2528,16 @@ def drop_abandoned(run):
     """(main process) Take metrics.jsonl and best/ back to the resumed checkpoint: its later steps are taken again."""
     if not run.checkpoint:
         return
-    best, path = Path(run.args.output_dir) / "best", Path(run.args.output_dir) / "metrics.jsonl"
-    new = path.with_suffix(".new")
-    with user_error(f"--output_dir: cannot write to {run.args.output_dir}", OSError):
+    output, kept = Path(run.args.output_dir), run.checkpoint / "best"
+    with user_error(f"--output_dir: cannot write to {output}", OSError):
         lines = [json.dumps(line) + "\n" for line in read_metrics(run.args) if line["step"] <= run.state.step]
-        new.write_text("".join(lines))
-        new.replace(path)
-        if (run.checkpoint / "best").exists():
-            with replaced(best) as folder:
-                link_tree(run.checkpoint / "best", folder)
-        elif read_best(best).get("step", 0) > run.state.step:
-            shutil.rmtree(best)
+        (output / "metrics.new").write_text("".join(lines))
+        (output / "metrics.new").replace(output / "metrics.jsonl")
+        if kept.exists():
+            with replaced(output / "best") as folder:
+                shutil.copytree(kept, folder, dirs_exist_ok=True)
+        elif read_best(output / "best").get("step", 0) > run.state.step:
+            shutil.rmtree(output / "best")
 
 
 def public_config(run):
@@ -2691,8 +2586,8 @@ def log_gradient_shares(run, x, lam):
 
 def log_setup(run):
     """Start-up lines: data, batch arithmetic, networks."""
-    args, schedule, networks = run.args, run.schedule, (run.state.generator, run.state.discriminator)
-    generator, discriminator = (sum(p.numel() for p in network.parameters()) / 1e6 for network in networks)
+    args, schedule = run.args, run.schedule
+    generator, discriminator = (n.num_parameters() / 1e6 for n in (run.state.generator, run.state.discriminator))
     images = "a stream of images" if args.streaming else f"{len(run.items)} images"
     logger.info(
         f"Training on {images} at {args.resolution} pixels for {schedule.steps} steps, seed {run.seed}\n"
@@ -2736,8 +2631,6 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title)
 
         def add(name, fixed=False, **options):
-            if not {"action", "choices", "type"} & set(options):
-                options["type"] = text
             group.add_argument(name, **options).fixed = fixed
 
         return add
@@ -2760,13 +2653,11 @@ class Parser(argparse.ArgumentParser):
             words = shlex.split(line.lstrip("\ufeff"), comments=True)
         except ValueError as error:
             self.error(f"recipe line {line.strip()!r}: {error}")
-        return [self.in_repository(word) for word in words]
-
-    @staticmethod
-    def in_repository(word):
-        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        found = "/" in value and (REPOSITORY / value).exists()
-        return f"{flag}{equals}{REPOSITORY / value if found else value}"
+        for i, word in enumerate(words):
+            value = word.partition("=")[2] if word.startswith("--") else word
+            if "/" in value and (REPOSITORY / value).exists():
+                words[i] = word.removesuffix(value) + str(REPOSITORY / value)
+        return words
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -2774,15 +2665,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def number(kind, low=-math.inf, high=math.inf, above=-math.inf):
-    """An argparse type: a finite int or float in [low, high], and greater than `above`."""
+def number(kind, low=-math.inf, high=math.inf):
+    """An argparse type: a finite int or float in [low, high]."""
 
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high and value > above):
-            bounds = [f"greater than {above}"] * (above > -math.inf) + [f"at least {low}"] * (low > -math.inf)
-            bounds += [f"at most {high}"] * (high < math.inf)
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(bounds) or 'finite'}, got {text}")
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"must be a finite number from {low} to {high}, got {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
@@ -2859,36 +2748,28 @@ def check_args(args):
             require(name not in given or needed in given, f"--{name}: needs --{needed}")
     for name, other, why in EXCLUDES:
         require(not {name, other} <= given, f"--{name} and --{other}: give one of them{why}")
-    endless = args.streaming and not args.max_train_steps and not args.eval_only
-    require(not endless, "--streaming: needs --max_train_steps; the data has no known end")
-    bits = not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes")
-    require(bits, "--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
+    if args.streaming and not (args.max_train_steps or args.eval_only):
+        raise UserError("--streaming: needs --max_train_steps; the data has no known end")
+    if args.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError("--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
     low, high = args.value_range or (0, 1)
     require(low < high, f"--value_range: LOW must be less than HIGH, got {low:g} {high:g}")
-    loaded = args.pretrained_model_name_or_path or args.codebook_init != "keep"
-    require(loaded, "--codebook_init keep: needs --pretrained_model_name_or_path")
-    untouched = args.codebook_init in (None, "keep") and args.codebook_norm in (None, "none")
-    untouched = untouched and not args.codebook_restart_steps
-    flags = "--codebook_init, --codebook_norm and --codebook_restart_steps"
-    require(untouched or not args.train_only, f"--train_only: the codebook stays as it is; leave out {flags}")
+    if args.codebook_init == "keep" and not args.pretrained_model_name_or_path:
+        raise UserError("--codebook_init keep: needs --pretrained_model_name_or_path")
+    moved = args.codebook_init in ("sphere", "uniform") or args.codebook_norm == "l2" or args.codebook_restart_steps
+    if args.train_only and moved:
+        raise UserError("--train_only: not with --codebook_init, --codebook_norm or --codebook_restart_steps")
     images = args.validation_data_dir or args.validation_split
     held_out = images or args.validation_fraction or (args.validation_fraction is None and not args.streaming)
     require(held_out or not args.save_best, "--save_best: needs held-out images, see --validation_fraction")
     needs = {"perceptual": "perceptual_weight", "lpips": "lpips_weights", "rfid": "fid", "frechet": "frechet_backend"}
-    if args.save_best in needs:
-        source = getattr(args, needs[args.save_best])
-        require(source and source != "none", f"--save_best {args.save_best}: needs --{needs[args.save_best]}")
-    pretrained = args.lpips_weights != "random"
-    require(pretrained, "--lpips_weights: LPIPS is defined by pretrained weights; none leaves it out")
-    if args.frechet_backend:
-        with user_error("--frechet_backend", ValueError):
-            check_backbone(args.frechet_backend, args.cache_dir)
-    if args.eval_only:
-        where = "name images with --validation_data_dir or --validation_split"
-        require(held_out, f"--eval_only: {where}")
-        known = images or args.seed is not None or args.validation_fraction == 1
-        which = "which images a run held out depends on its --seed (in its README.md)"
-        require(known, f"--eval_only: {which}: give it, or {where}")
+    needed = needs.get(args.save_best)
+    if needed and getattr(args, needed) in (0, None, False, "none"):
+        raise UserError(f"--save_best {args.save_best}: needs --{needed}")
+    require(args.lpips_weights != "random", "--lpips_weights: LPIPS has pretrained weights only; none leaves it out")
+    known = images or args.validation_fraction == 1 or (held_out and args.seed is not None)
+    which = "name images with --validation_data_dir or --validation_split, or the --seed of the run that held some out"
+    require(known or not args.eval_only, f"--eval_only: {which}")
 
 
 def start_accelerator(args):
@@ -2899,14 +2780,10 @@ def start_accelerator(args):
     logging.getLogger("timm").setLevel(logging.ERROR)
     trackers = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, [args.report_to])
     project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER"):
-        chosen = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() not in ("false", "0", "")
-        require(not chosen, f"accelerate config: {name} is not supported; use plain multi-GPU")
-    compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
-    require(not compiled, "accelerate config: torch dynamo is not supported there; choose no, and use --torch_compile")
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    known = precision in ("no", "fp16", "bf16")
-    require(known, f"accelerate config: precision {precision} is not supported; use --mixed_precision no, fp16 or bf16")
+    untested = [f"USE_{name}" for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")]
+    for name in [*untested, "DYNAMO_BACKEND"]:
+        chosen = os.environ.get(f"ACCELERATE_{name}", "no").lower() not in ("no", "false", "0", "")
+        require(not chosen, f"accelerate config: {name} is not supported; use plain multi-GPU, and --torch_compile")
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # others wait while one downloads, saves or uploads
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accumulation = GradientAccumulationPlugin(num_steps=1)  # the loop's own; accelerate's would divide the loss again
@@ -2922,23 +2799,21 @@ def start_accelerator(args):
     remedy = f"pip install {missing}, or --report_to none does without a tracker"
     require(args.eval_only or not missing, f"--report_to {args.report_to}: {missing} is not installed; {remedy}")
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    apart = f"{os.environ.get('WORLD_SIZE')} processes were launched, but each would train by itself"
-    together = accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1))
-    require(together, f"{apart}; on CPUs set ACCELERATE_USE_CPU=1")
+    launched, alone = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes == 1
+    apart = f"{launched} processes were launched, but each would train by itself; on CPUs set ACCELERATE_USE_CPU=1"
+    require(launched == accelerator.num_processes, apart)
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         tasks = os.environ.get(name, "1")
-        if accelerator.num_processes == 1 and tasks != "1":
-            lone = f"{name} is {tasks}, but this run has 1 process: {tasks} tasks would each train alone in the same"
-            logger.warning(f"{lone} directory; start one accelerate launch or torchrun per node instead")
-    if accelerator.num_processes == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        more = "for several on CPUs: ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu"
-        logger.warning(f"The launcher prepared several processes but started 1; {more}")
-    kind = accelerator.distributed_type
-    plain = kind in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    require(plain, f"accelerate config: {kind.value} is not supported; use plain multi-GPU")
-    if accelerator.device.type == "cpu":
-        require(accelerator.mixed_precision != "fp16", "--mixed_precision fp16: needs a GPU; use bf16 or no")
-        if accelerator.mixed_precision == "bf16":
+        if alone and tasks != "1":
+            logger.warning(f"{name} is {tasks}, but this run has 1 process; start one accelerate launch per node")
+    if alone and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        command = "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu"
+        logger.warning(f"The launcher prepared several processes but started 1; for several on CPUs: {command}")
+    precision, cpu = accelerator.mixed_precision, accelerator.device.type == "cpu"
+    known = ("no", "bf16") if cpu else ("no", "bf16", "fp16")
+    require(precision in known, f"--mixed_precision {precision}: not supported here; use {' or '.join(known)}")
+    if cpu:
+        if precision == "bf16":
             logger.warning("--mixed_precision bf16: many times slower than no on CPUs without bf16 instructions")
         if os.environ.get("OMP_NUM_THREADS") == "1" and launcher_chose_threads():
             torch.set_num_threads(cores_per_process())
@@ -2951,10 +2826,8 @@ def start_accelerator(args):
 
 def launcher_chose_threads():
     """Whether `accelerate launch` set its one thread because nobody had chosen; its own environment and flags say."""
-    launcher = psutil.Process().parent()
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ or launcher is None:
-        return False
     try:
+        launcher = psutil.Process(os.getppid())
         given, words = launcher.environ(), " ".join(launcher.cmdline()).replace("-", "_")
     except psutil.Error:  # it is gone, or somebody else's
         return False
@@ -2967,50 +2840,32 @@ def claimed_output_dir(accelerator, args):
 
     UserError when another run writes there, or when the nodes do not share it.
     """
-    output, held = Path(args.output_dir), []
-    token = broadcast_object_list([uuid.uuid4().hex])[0]
+    output = Path(args.output_dir)
+    lock, token = FileLock(output / ".lock"), broadcast_object_list([uuid.uuid4().hex])[0]
 
-    def prepare():
+    def claim():
         with user_error(f"--output_dir: cannot write to {output}", OSError):
             output.mkdir(parents=True, exist_ok=True)
-            held.append(lock(output / ".lock", f"--output_dir: another run is writing to {output}; wait for it to end"))
-            held[0].write(token)
-            held[0].flush()
+            try:
+                lock.acquire(timeout=0)
+            except Timeout as error:
+                raise UserError(f"--output_dir: another run is writing to {output}; wait for it to end") from error
+            except (NotImplementedError, OSError):  # of file systems without locks
+                logger.warning(f"{output} cannot be locked: see to it that only one run at a time writes there")
+            (output / ".lock").write_text(token)
             finish_interrupted(output)
 
     try:
-        on_main(accelerator, prepare)
-        here = bool(held)  # reading it, the main process would let go of the lock
-        with suppress(OSError):
-            here = here or (output / ".lock").read_text() == token
+        on_main(accelerator, claim)
+        here = (output / ".lock").exists() and (output / ".lock").read_text() == token
         shared = all(gather_object([here]))
         require(shared, f"--output_dir: {output} is not the same directory on every node; choose one that they share")
         yield
     finally:
-        for file in held:
+        if lock.is_locked:
             with suppress(OSError):
-                os.remove(file.name)
-            file.close()
-
-
-def lock(path, problem):
-    """An open file that no other process can lock until this one ends, however it ends; UserError when one has it.
-
-    It holds between machines, too, where the file system has POSIX locks.
-    """
-    file = open(path, "a")
-    try:
-        import fcntl
-
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not path.exists() or not os.path.samestat(os.stat(path), os.fstat(file.fileno())):
-            raise BlockingIOError  # removed by the run that had it while another one made it anew
-    except (BlockingIOError, PermissionError) as error:  # EAGAIN or EACCES
-        raise UserError(problem) from error
-    except (ImportError, OSError):  # Windows, and file systems without locks
-        logger.warning(f"{path.parent} cannot be locked: see to it that only one run at a time writes there")
-    file.truncate(0)  # of a killed run's
-    return file
+                os.remove(lock.lock_file)
+            lock.release()
 
 
 def on_main(accelerator, decide):
@@ -3044,9 +2899,7 @@ def user_error(what, errors, hint=""):
         raise
     except errors as error:
         hint = hint(error) if callable(hint) else hint
-        # safetensors says in words only that a disk is full
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        raise UserError(f"{what}: {one_line(error)}{'; make room' if full else ''}{hint}") from error
+        raise UserError(f"{what}: {one_line(error)}{hint}") from error
 
 
 def one_line(error):
@@ -3068,36 +2921,33 @@ def train(args):
     """Exit status of a training run."""
     accelerator = start_accelerator(args)
     with claimed_output_dir(accelerator, args):
-        return train_in_output_dir(accelerator, args)
-
-
-def train_in_output_dir(accelerator, args):
-    run = Run(args, accelerator, *on_main(accelerator, lambda: find_checkpoint(args)))
-    state, watch, output = run.state, run.watch, Path(args.output_dir)
-    repository = on_main(accelerator, lambda: create_repository(args)) if args.push_to_hub else None
-    log_setup(run)
-    with signals_noted(watch):
-        batches = training_batches(run.items, args, run.seed, state.samples_seen, accelerator, watch)
-        steps = run.schedule.steps - state.step
-        batches = step_batches(batches, args.gradient_accumulation_steps, steps, watch)
-        first = next(batches, None)
-        if first is None or accelerator.num_processes > 1:  # data that cannot be read shows here
-            stop_for_failure(watch)
-        on_main(accelerator, lambda: drop_abandoned(run))
-        on_main(accelerator, lambda: start_trackers(run))
-        validated = train_loop(run, itertools.chain([first], batches))
-    if not watch.stopping:
-        on_main(accelerator, lambda: finish(run, validated, repository))
-    for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
-        with keep_going("finish the trackers", Exception):
-            tracker.finish()
-    accelerator.trackers.clear()  # end_training would finish them again
-    on_main(accelerator, lambda: require(watch.saved, unsaved(output)))
-    stop_for_failure(watch)
-    accelerator.end_training()
-    if watch.stopping:
-        logger.info(f"Stopped at step {state.step}; to go on, the same command with --resume_from_checkpoint latest")
-    return STOPPED if watch.stopping else 0
+        run = Run(args, accelerator, *on_main(accelerator, lambda: find_checkpoint(args)))
+        state, watch, output = run.state, run.watch, Path(args.output_dir)
+        repository = on_main(accelerator, lambda: create_repository(args)) if args.push_to_hub else None
+        log_setup(run)
+        with signals_noted(watch):
+            batches = training_batches(run.items, args, run.seed, state.samples_seen, accelerator, watch)
+            steps = run.schedule.steps - state.step
+            batches = step_batches(batches, args.gradient_accumulation_steps, steps, watch)
+            first = next(batches, None)
+            if first is None or accelerator.num_processes > 1:  # data that cannot be read shows here
+                stop_for_failure(watch)
+            on_main(accelerator, lambda: drop_abandoned(run))
+            on_main(accelerator, lambda: start_trackers(run))
+            validated = train_loop(run, itertools.chain([first], batches))
+        if not watch.stopping:
+            on_main(accelerator, lambda: finish(run, validated, repository))
+        for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
+            with keep_going("finish the trackers", Exception):
+                tracker.finish()
+        accelerator.trackers.clear()  # end_training would finish them again
+        unsaved = f"--output_dir: the last checkpoint could not be saved in {output}, see above; {how_to_go_on(output)}"
+        on_main(accelerator, lambda: require(watch.saved, unsaved))
+        stop_for_failure(watch)
+        accelerator.end_training()
+        if watch.stopping:
+            logger.info(f"Stopped at step {state.step}; {GO_ON}")
+        return STOPPED if watch.stopping else 0
 
 
 def start_trackers(run):
@@ -3107,22 +2957,18 @@ def start_trackers(run):
         "wandb": {"id": run.state.tracker_run, "resume": "allow", "dir": args.output_dir},
         "tensorboard": {"purge_step": run.state.step + 1},
     }
-    what = f"--report_to {args.report_to}: the tracker does not start"
     hint = "; wandb login or WANDB_MODE=offline mends a missing key, --report_to none does without a tracker"
-    with user_error(what, Exception, hint):  # trackers have errors of their own
+    with user_error(f"--report_to {args.report_to}: the tracker does not start", Exception, hint):  # each has its own
         run.accelerator.init_trackers(args.tracker_project_name, config, options)
 
 
 def finish(run, validated, repository):
     """(main process) Export the result, say how good it is, upload it."""
     output = Path(run.args.output_dir)
-    hint = f"; {how_to_go_on(output)}"
-    with user_error(f"--output_dir: cannot write the result to {output}", WRITE_ERRORS, hint):
+    with user_error(f"--output_dir: cannot write the result to {output}", WRITE_ERRORS, f"; {how_to_go_on(output)}"):
         export(run, output)
-    logger.info(f"Exported {output / 'vqmodel'}")
-    for name, value in validated.items():
-        if "psnr" in name:
-            logger.info(f"{name}: {value:.2f} dB")
+    scores = [f"{name} {value:.2f} dB" for name, value in validated.items() if "psnr" in name]
+    logger.info(", ".join([f"Exported {output / 'vqmodel'}", *scores]))
     if repository:
         upload(run.args, repository)
 
@@ -3160,25 +3006,21 @@ def main(argv=None):
         sys.argv = [word.replace(args.hub_token, "***") for word in sys.argv]
     try:
         return evaluate(args) if args.eval_only else train(args)
-    except UserError as error:
-        if args.verbose:
-            traceback.print_exception(error)
-        message = str(error).splitlines()[-1].split("UserError: ")[-1]  # a data worker's comes with its traceback
-        if is_first_on_machine():  # on a line of its own, progress bar or not
-            tqdm.write(f"train_vqgan.py: error: {message}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
+    except (UserError, RuntimeError, MemoryError) as error:
         message = known_failure(error)
         if not message:
             raise
         if args.verbose:
             traceback.print_exception(error)
-        tqdm.write(f"train_vqgan.py: error: {message}", file=sys.stderr)  # of any process: the first may be well
+        if is_first_on_machine() or not isinstance(error, UserError):  # memory may be short in any process
+            tqdm.write(f"train_vqgan.py: error: {message}", file=sys.stderr)  # below a progress bar
         return 2
 
 
 def known_failure(error):
-    """One line for want of memory or of a compiler, which shows anywhere; None for any other error."""
+    """One line for what the user can mend: also want of memory or of a compiler, which shows anywhere; or None."""
+    if isinstance(error, UserError):
+        return str(error).splitlines()[-1].split("UserError: ")[-1]  # a data worker's comes with its traceback
     words = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words):
         advice = "lower --train_batch_size, raise --gradient_accumulation_steps, and leave --gradient_checkpointing on"

@@ -125,7 +125,7 @@ def metrics(output_dir):
 def weights(run, name="generator", step=None):
     """ "generator", "discriminator" or "ema" of a checkpoint, the last one unless told otherwise."""
     folder = run / f"checkpoint-{step}" if step else train_vqgan.checkpoints(run)[-1]
-    return train_vqgan.load_weights(folder, name)
+    return safetensors.torch.load_file(folder / f"{name}.safetensors")
 
 
 def exported(run, network="vqmodel"):

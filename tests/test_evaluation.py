@@ -569,7 +569,7 @@ def test_best_perceptual_distance_of_other_layers_is_another_number(train):
     before = json.loads((run / "best" / "best.json").read_text())
     train(*more, "--max_train_steps", "3", "--timm_model_layers", "0,1,2", "--resume_from_checkpoint", "latest")
     best = json.loads((run / "best" / "best.json").read_text())
-    assert best["step"] == 3 and best["distances"] != before["distances"]
+    assert best["step"] == 3 and best["measured"] != before["measured"]
 
 
 def test_lpips_of_images_that_are_too_small_is_left_out(train, caplog):

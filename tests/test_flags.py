@@ -114,7 +114,7 @@ WEIGHTS += ["learning_rate", "discr_learning_rate", "adam_weight_decay", "max_gr
     + [("seed", str(2**32)), ("seed", str(10**30))],
 )
 def test_value_out_of_range(refused, flag, bad):
-    """Red when `number` forgets isfinite (inf), the upper bound, or `value > above`."""
+    """Red when `number` forgets isfinite (inf), or either bound."""
     message = refused(f"--{flag}", bad)
     assert f"--{flag}" in message and bad in message
 
@@ -329,15 +329,20 @@ def test_output_dir_that_cannot_be_made(error, tmp_path, output):
     assert f"--output_dir: cannot write to {tmp_path / output}" in message
 
 
-@pytest.mark.parametrize("trace", ["checkpoint-5/progress.json", "metrics.jsonl"])
-def test_output_dir_that_holds_a_run(flags, tmp_path, capsys, trace):
+@pytest.mark.parametrize(
+    "trace, said",
+    [
+        ("checkpoint-5/progress.json", "already holds a run; --resume_from_checkpoint latest goes on with it"),
+        ("metrics.jsonl", "holds results of a run, but no checkpoint to go on from; move it away"),
+    ],
+)
+def test_output_dir_that_holds_a_run(flags, tmp_path, capsys, trace, said):
     """Without --resume_from_checkpoint nothing is overwritten. Red when the check is left out of `find_checkpoint`."""
     (tmp_path / "run" / trace).parent.mkdir(parents=True)
     (tmp_path / "run" / trace).write_text('{"step": 1}')
     assert train_vqgan.main(flags) == 2
-    said = capsys.readouterr().err
-    assert said.count("error:") == 1 and f"--output_dir: {tmp_path / 'run'} already holds a run" in said
-    assert "--resume_from_checkpoint latest" in said
+    errors = capsys.readouterr().err
+    assert errors.count("error:") == 1 and f"--output_dir: {tmp_path / 'run'} {said}" in errors
     assert {path.name for path in (tmp_path / "run").iterdir()} == {trace.split("/")[0]}, "a trace was left"
 
 
@@ -355,7 +360,7 @@ def test_resume_from_something_that_is_no_whole_checkpoint(parse, tmp_path):
     """Red when `find_fault` looks only at the name, or only at the manifest, or the format is not compared."""
     for name in ("checkpoint-10", "checkpoint-9", "unfinished-checkpoint-20", "checkpoint-x", "checkpoint-7"):
         (tmp_path / "run" / name).mkdir(parents=True)
-        (tmp_path / "run" / name / "progress.json").write_text('{"files": {}, "format": 2}')
+        (tmp_path / "run" / name / "progress.json").write_text('{"files": {}, "format": 3}')
     (tmp_path / "run/checkpoint-7/progress.json").unlink()
     (tmp_path / "run/checkpoint-9/progress.json").write_text('{"files": {}, "format": 1}')
 
@@ -370,7 +375,7 @@ def test_resume_from_something_that_is_no_whole_checkpoint(parse, tmp_path):
         assert str(caught.value).endswith(f"found: {', '.join(whole)}")
     with pytest.raises(train_vqgan.UserError, match="checkpoint-9 is of another version"):
         found("run/checkpoint-9")
-    assert found("run/checkpoint-10") == (tmp_path / "run/checkpoint-10", {"files": {}, "format": 2})
+    assert found("run/checkpoint-10") == (tmp_path / "run/checkpoint-10", {"files": {}, "format": 3})
 
 
 def test_fixed_flags():

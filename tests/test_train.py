@@ -120,13 +120,13 @@ def test_epochs_count_images(flags):
     assert [p.name for p in train_vqgan.checkpoints(flags[-1])] == ["checkpoint-7"]
 
 
-def test_unfinished_checkpoints_are_ignored_and_old_ones_pruned(train):
+def test_unfinished_checkpoints_are_ignored_and_old_ones_pruned(train, flags):
     run = train("--max_train_steps", "4", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
     assert [p.name for p in train_vqgan.checkpoints(run)] == ["checkpoint-3", "checkpoint-4"]
     assert not list(run.glob("unfinished-*"))
     (run / "unfinished-checkpoint-9").mkdir()
     (run / "checkpoint-9").mkdir()  # no progress.json
-    assert train_vqgan.checkpoints(run)[-1].name == "checkpoint-4"
+    assert train_vqgan.find_checkpoint(train_vqgan.parse_args([*flags, *RESUME]))[0] == run / "checkpoint-4"
 
 
 def test_start_up_says_what_is_trained(train, caplog):
@@ -215,8 +215,8 @@ def test_plain_diffusers_gives_the_validation_images(train, tmp_path, more):
 
 @pytest.mark.parametrize("norm", ["l2", "none"])
 @pytest.mark.parametrize("ema", [["--use_ema"], []], ids=["ema", "raw"])
-def test_raw_weights_come_back_and_none_is_written_twice(train, monkeypatch, norm, ema):
-    """Beside the export a checkpoint holds only what differs from it.
+def test_raw_weights_come_back(train, monkeypatch, norm, ema):
+    """Not those of the export, which stand in the same checkpoint.
 
     Red when training goes on from the exported weights: those of the EMA, or with codes of unit length.
     """
@@ -245,11 +245,6 @@ def test_raw_weights_come_back_and_none_is_written_twice(train, monkeypatch, nor
         assert equal(before[1][name], network) and equal(weights(run, name, 4), network), name
     shown = exported(run / "checkpoint-4")
     assert equal(without_codes(shown), without_codes(after[0]["ema" if ema else "generator"]))
-    beside = {path.stem: set(safetensors.torch.load_file(path)) for path in run.glob("checkpoint-4/*.safetensors")}
-    folded = norm == "l2"
-    assert set(beside) == {name for name, differs in (("generator", folded or ema), ("ema", folded and ema)) if differs}
-    assert beside.get("ema", {CODEBOOK}) == {CODEBOOK}
-    assert ema or beside.get("generator", {CODEBOOK}) == {CODEBOOK}
 
 
 def test_scaling_factor_makes_unit_variance(train, photos):
@@ -600,7 +595,7 @@ def test_results_without_a_checkpoint_are_not_taken_for_nothing(finished, flags,
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     assert before and train_vqgan.main([*flags, *RESUME]) == 2
-    assert f"--resume_from_checkpoint: {finished} holds results of a run, but no checkpoint" in error_line(capsys)
+    assert f"--output_dir: {finished} holds results of a run, but no checkpoint" in error_line(capsys)
     assert before.items() <= {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}.items()
 
 
@@ -733,25 +728,26 @@ def rewrite(folder, change, name="diffusion_pytorch_model.safetensors"):
     safetensors.torch.save_file(state, folder / name)
 
 
-@pytest.mark.parametrize("variant", ["fp16", "ema"])
-def test_only_variant_of_the_weights_is_taken(pretrained, variant):
+def test_fp16_variant_of_the_weights_is_taken(pretrained):
     """As published to save space: it trains in fp32. Red when from_pretrained is not given the variant."""
     folder, build = pretrained
     expected = {name: tensor.half() for name, tensor in exported(folder, "").items()}
-    rewrite(folder, lambda state: state.update(expected), f"diffusion_pytorch_model.{variant}.safetensors")
+    rewrite(folder, lambda state: state.update(expected), "diffusion_pytorch_model.fp16.safetensors")
     found = {name: tensor for name, tensor in build().state_dict().items() if name in expected}
     assert equal(found, {name: tensor.float() for name, tensor in expected.items()})
 
 
-def test_several_variants_are_named(pretrained):
-    """And a plain file next to one wins. Red when the first variant is taken."""
+def test_plain_weights_win_over_a_variant(pretrained):
+    """Red when the variant is tried first; and without either, one line names the model."""
     folder, build = pretrained
-    plain = folder / "diffusion_pytorch_model.safetensors"
-    for variant in ("fp16", "ema"):
-        shutil.copy(plain, folder / f"diffusion_pytorch_model.{variant}.safetensors")
-    build()
-    plain.unlink()
-    with pytest.raises(train_vqgan.UserError, match="--pretrained_model_name_or_path: .* ema, fp16; rename"):
+    plain = exported(folder, "")
+    halves = {name: tensor.half() for name, tensor in plain.items()}
+    safetensors.torch.save_file(halves, folder / "diffusion_pytorch_model.fp16.safetensors")
+    kept = "decoder.conv_in.weight"
+    assert torch.equal(build().state_dict()[kept], plain[kept]) and not torch.equal(halves[kept].float(), plain[kept])
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(train_vqgan.UserError, match="--pretrained_model_name_or_path: cannot load .*: .*fp16"):
         build()
 
 
