@@ -424,15 +424,17 @@ class Codes(NamedTuple):
 @contextmanager
 def exact_fp32():
     """Inside, no TF32 and nothing compiled: codes are searched, validated and exported as any other program will."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cudnn
+    matmul, before = torch.get_float32_matmul_precision(), (cudnn.allow_tf32, cudnn.fp32_precision, cudnn.benchmark)
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    # "ieee", as without TF32 torch.backends.fp32_precision would say; no trials of kernels for sizes that come once
+    cudnn.allow_tf32, cudnn.fp32_precision, cudnn.benchmark = False, "ieee", False
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
+        cudnn.allow_tf32, cudnn.fp32_precision, cudnn.benchmark = before
 
 
 @torch.no_grad()
@@ -2901,7 +2903,7 @@ def start_accelerator(args):
     known = precision in ("no", "fp16", "bf16")
     require(known, f"accelerate config: precision {precision} is not supported; use --mixed_precision no, fp16 or bf16")
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # others wait while one downloads, saves or uploads
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accumulation = GradientAccumulationPlugin(num_steps=1)  # the loop's own; accelerate's would divide the loss again
     with user_error("accelerate config", (ImportError, ValueError)):  # what else it asks for and is not there
         accelerator = Accelerator(
@@ -2979,6 +2981,9 @@ def claimed_output_dir(accelerator, args):
         shared = all(gather_object([here]))
         require(shared, f"--output_dir: {output} is not the same directory on every node; choose one that they share")
         yield
+        torch.backends.cudnn.fp32_precision = "tf32" if args.allow_tf32 else "ieee"  # a process may have set others
+        if accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            logger.warning("--mixed_precision bf16: this GPU only emulates it, slowly; use fp16")
     finally:
         for file in held:
             with suppress(OSError):
