@@ -903,6 +903,7 @@ def build_generator(args):
         model.requires_grad_(False)
         for part in (model.post_quant_conv, model.decoder):
             part.requires_grad_(True)
+    keep_type(model)
     if args.gradient_checkpointing:
         checkpoint_activations(model)
     return model.train()
@@ -1009,6 +1010,30 @@ def build_quantizer(plain, args):
     return quantizer
 
 
+def keep_type(network):
+    """Under autocast, norms and upsampling in the type that comes in, and so the activations after them.
+
+    CUDA would compute them all in fp32, with a cast before and after each. Inside, a norm's sums are fp32 anyway.
+    """
+    for part in network.modules():
+        if isinstance(part, nn.GroupNorm):
+            part.forward = partial(group_norm, part)
+        elif isinstance(part, Upsample2D):
+            part.forward = partial(upsampled, part)
+
+
+def group_norm(norm, x):
+    with torch.autocast(x.device.type, enabled=False):  # the kernels want one type for all
+        return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
+def upsampled(upsample, x):
+    """The forward pass of diffusers' upsampling as a VQModel uses it."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return upsample.conv(x)
+
+
 def checkpoint_activations(model):
     """Compute norms and activations before convolutions, most of the memory and little of the work, again in the
     backward pass instead of keeping them (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
@@ -1066,6 +1091,7 @@ def build_discriminator(args):
     small = f"--resolution: {args.resolution} is too small for the discriminator, which needs {least}"
     require(args.resolution >= least, f"{small}; choose another with {flag}")
     return discriminator.train()
+    keep_type(discriminator)
 
 
 def build_perceptual(args):
