@@ -1063,7 +1063,8 @@ def residual_block(block, x, temb=None):
 
     h = recomputed(convolved, x, block.norm1, block.conv1)
     h = recomputed(convolved, h, block.norm2, block.conv2)
-    return (block.conv_shortcut(x) if block.conv_shortcut else x) + h
+    # The sum takes the layout of its first operand; that of x may be attention's, and a mixture is slow on a GPU.
+    return h + (block.conv_shortcut(x.contiguous()) if block.conv_shortcut else x)
 
 
 DISCRIMINATORS = (Discriminator, FeatureDiscriminator)
