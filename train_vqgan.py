@@ -868,12 +868,12 @@ class Run:
         require(self.evaluator or not args.save_best, none_left)
         n_images = None if args.streaming else len(self.items)
         self.schedule = Schedule(args, self.images_per_step, n_images, progress)
+        if args.torch_compile:
+            compile_networks(generator, discriminator, perceptual, args, accelerator.device)
         self.state = TrainingState(generator, discriminator, self.schedule, args, accelerator)
         self.watch = Watch()
         if checkpoint:
             load_checkpoint(self, checkpoint, progress)
-        if args.torch_compile:
-            compile_networks(generator, discriminator, perceptual, args)
         self.generator, self.discriminator = accelerator.prepare(generator, discriminator)
         self.perceptual = perceptual and accelerator.prepare_model(perceptual, evaluation_mode=True)
 
@@ -1091,8 +1091,8 @@ def build_discriminator(args):
     least = discriminator.min_resolution if args.adversarial_weight else 0
     small = f"--resolution: {args.resolution} is too small for the discriminator, which needs {least}"
     require(args.resolution >= least, f"{small}; choose another with {flag}")
-    return discriminator.train()
     keep_type(discriminator)
+    return discriminator.train()
 
 
 def build_perceptual(args):
@@ -1132,11 +1132,15 @@ def build_optimizer(network, learning_rate, args):
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
+    fused = rest[0].device.type in ("cpu", "cuda")  # elsewhere it may overlook that a step is to be skipped
+    return torch.optim.AdamW(groups, fused=fused, **options)
 
 
-def compile_networks(generator, discriminator, perceptual, args):
+def compile_networks(generator, discriminator, perceptual, args, device):
     """--torch_compile, in place: names in checkpoints and exports stay as they are."""
+    if device.type == "cuda" and not args.use_8bit_adam:  # which makes all weights contiguous
+        for network in (generator, discriminator):
+            network.to(memory_format=torch.channels_last)  # cuDNN's own; eager group norm would turn it back
     decoder = generator.decoder
     # the adaptive weight goes back through conv_out three times, which a compiled graph does not allow
     parts = [decoder.mid_block, *decoder.up_blocks] if args.adaptive_weight else [decoder]
@@ -2038,11 +2042,15 @@ class TrainingState:
         for name, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]  # the flags of this run, not of the last
             optimizer.load_state_dict(state["optimizers"][name] | {"param_groups": groups})
+            for weight, moments in optimizer.state.items():  # fused steps go through both as they lie in memory
+                for key, moment in moments.items():
+                    if torch.is_tensor(moment) and moment.shape == weight.shape:
+                        moments[key] = laid_out_as(weight, moment)
         if self.ema and not state["ema"]:
             logger.warning("The checkpoint holds no EMA: it starts from the weights there")
         if self.ema:
             averaged = state["weights"].get("ema", state["weights"]["generator"])
-            shadow = [averaged[name].to(accelerator.device) for name, _ in self.generator.named_parameters()]
+            shadow = [laid_out_as(weight, averaged[name]) for name, weight in self.generator.named_parameters()]
             self.ema.load_state_dict(state["ema"] | {"shadow_params": shadow, "decay": self.ema.decay})
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
@@ -2051,6 +2059,11 @@ class TrainingState:
         self.lecam_anchors.copy_(state["lecam_anchors"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.tracker_run = state["tracker_run"]
+
+
+def laid_out_as(weight, x):
+    """x on the device and with the strides of `weight`, which --torch_compile may have changed since it was saved."""
+    return torch.empty_like(weight, dtype=x.dtype).copy_(x)
 
 
 def save_checkpoint(run):
@@ -2968,6 +2981,9 @@ def start_accelerator(args):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = args.allow_tf32
+        torch.backends.cudnn.fp32_precision = "tf32" if args.allow_tf32 else "ieee"  # a process may have set others
+        if accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            logger.warning("--mixed_precision bf16: this GPU only emulates it, slowly; use fp16")
     return accelerator
 
 
@@ -3008,9 +3024,6 @@ def claimed_output_dir(accelerator, args):
         shared = all(gather_object([here]))
         require(shared, f"--output_dir: {output} is not the same directory on every node; choose one that they share")
         yield
-        torch.backends.cudnn.fp32_precision = "tf32" if args.allow_tf32 else "ieee"  # a process may have set others
-        if accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            logger.warning("--mixed_precision bf16: this GPU only emulates it, slowly; use fp16")
     finally:
         for file in held:
             with suppress(OSError):
