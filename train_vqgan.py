@@ -1138,6 +1138,7 @@ def build_optimizer(network, learning_rate, args):
 
 def compile_networks(generator, discriminator, perceptual, args, device):
     """--torch_compile, in place: names in checkpoints and exports stay as they are."""
+    logger.info("The networks are compiled at the first step, which takes a while; PyTorch keeps it for later runs")
     if device.type == "cuda" and not args.use_8bit_adam:  # which makes all weights contiguous
         for network in (generator, discriminator):
             network.to(memory_format=torch.channels_last)  # cuDNN's own; eager group norm would turn it back
@@ -2984,6 +2985,10 @@ def start_accelerator(args):
         torch.backends.cudnn.fp32_precision = "tf32" if args.allow_tf32 else "ieee"  # a process may have set others
         if accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             logger.warning("--mixed_precision bf16: this GPU only emulates it, slowly; use fp16")
+        if args.gradient_accumulation_steps > 1:
+            whole = f"--train_batch_size {args.train_batch_size * args.gradient_accumulation_steps}"
+            whole += " --gradient_accumulation_steps 1"
+            logger.info(f"Small batches keep a GPU waiting: if memory allows, {whole} is the same step")
     return accelerator
 
 
