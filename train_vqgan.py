@@ -564,7 +564,7 @@ class CodeStatistics:
 
     def latent_deviation(self):
         """Standard deviation of the latents of the last steps, over everything."""
-        mean, square = self.moments.double()
+        mean, square = self.moments.cpu().double()  # MPS has no float64
         return (square - mean.square()).clamp(min=1e-12).sqrt().item()
 
     @torch.no_grad()
