@@ -424,15 +424,17 @@ class Codes(NamedTuple):
 @contextmanager
 def exact_fp32():
     """Inside, no TF32 and nothing compiled: codes are searched, validated and exported as any other program will."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cudnn
+    matmul, before = torch.get_float32_matmul_precision(), (cudnn.allow_tf32, cudnn.fp32_precision, cudnn.benchmark)
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    # "ieee", as without TF32 torch.backends.fp32_precision would say; no trials of kernels for sizes that come once
+    cudnn.allow_tf32, cudnn.fp32_precision, cudnn.benchmark = False, "ieee", False
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
+        cudnn.allow_tf32, cudnn.fp32_precision, cudnn.benchmark = before
 
 
 @torch.no_grad()
@@ -562,7 +564,7 @@ class CodeStatistics:
 
     def latent_deviation(self):
         """Standard deviation of the latents of the last steps, over everything."""
-        mean, square = self.moments.double()
+        mean, square = self.moments.cpu().double()  # MPS has no float64
         return (square - mean.square()).clamp(min=1e-12).sqrt().item()
 
     @torch.no_grad()
@@ -868,12 +870,12 @@ class Run:
         require(self.evaluator or not args.save_best, "--save_best: no image to hold out; see --validation_data_dir")
         n_images = None if args.streaming else len(self.items)
         self.schedule = Schedule(args, self.images_per_step, n_images, progress)
+        if args.torch_compile:
+            compile_networks(generator, discriminator, perceptual, args, accelerator.device)
         self.state = TrainingState(generator, discriminator, self.schedule, args, accelerator)
         self.watch = Watch()
         if checkpoint:
             load_checkpoint(self, checkpoint, progress)
-        if args.torch_compile:
-            compile_networks(generator, discriminator, perceptual, args)
         self.generator, self.discriminator = accelerator.prepare(generator, discriminator)
         self.perceptual = perceptual and accelerator.prepare_model(perceptual, evaluation_mode=True)
 
@@ -900,6 +902,7 @@ def build_generator(args):
         model.requires_grad_(False)
         for part in (model.post_quant_conv, model.decoder):
             part.requires_grad_(True)
+    keep_type(model)
     if args.gradient_checkpointing:
         checkpoint_activations(model)
     return model.train()
@@ -990,6 +993,30 @@ def build_quantizer(plain, args):
     return quantizer
 
 
+def keep_type(network):
+    """Under autocast, norms and upsampling in the type that comes in, and so the activations after them.
+
+    CUDA would compute them all in fp32, with a cast before and after each. Inside, a norm's sums are fp32 anyway.
+    """
+    for part in network.modules():
+        if isinstance(part, nn.GroupNorm):
+            part.forward = partial(group_norm, part)
+        elif isinstance(part, Upsample2D):
+            part.forward = partial(upsampled, part)
+
+
+def group_norm(norm, x):
+    with torch.autocast(x.device.type, enabled=False):  # the kernels want one type for all
+        return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
+def upsampled(upsample, x):
+    """The forward pass of diffusers' upsampling as a VQModel uses it."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return upsample.conv(x)
+
+
 def checkpoint_activations(model):
     """Compute norms and activations before convolutions, most of the memory and little of the work, again in the
     backward pass instead of keeping them (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
@@ -1019,7 +1046,8 @@ def residual_block(block, x, temb=None):
 
     h = recomputed(convolved, x, block.norm1, block.conv1)
     h = recomputed(convolved, h, block.norm2, block.conv2)
-    return (block.conv_shortcut(x) if block.conv_shortcut else x) + h
+    # The sum takes the layout of its first operand; that of x may be attention's, and a mixture is slow on a GPU.
+    return h + (block.conv_shortcut(x.contiguous()) if block.conv_shortcut else x)
 
 
 DISCRIMINATORS = (Discriminator, FeatureDiscriminator)
@@ -1042,6 +1070,7 @@ def build_discriminator(args):
     require(getattr(discriminator.config, "in_channels", 3) == 3, f"{flag}: in_channels must be 3, for RGB images")
     least = discriminator.min_resolution if args.adversarial_weight else 0
     require(args.resolution >= least, f"--resolution: {args.resolution} is too small for {flag}, which needs {least}")
+    keep_type(discriminator)
     return discriminator.train()
 
 
@@ -1077,11 +1106,16 @@ def build_optimizer(network, learning_rate, args):
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, fused=True, **options)
+    fused = rest[0].device.type in ("cpu", "cuda")  # elsewhere it may overlook that a step is to be skipped
+    return torch.optim.AdamW(groups, fused=fused, **options)
 
 
-def compile_networks(generator, discriminator, perceptual, args):
+def compile_networks(generator, discriminator, perceptual, args, device):
     """--torch_compile, in place: names in checkpoints and exports stay as they are."""
+    logger.info("The networks are compiled at the first step, which takes a while; PyTorch keeps it for later runs")
+    if device.type == "cuda" and not args.use_8bit_adam:  # which makes all weights contiguous
+        for network in (generator, discriminator):
+            network.to(memory_format=torch.channels_last)  # cuDNN's own; eager group norm would turn it back
     decoder = generator.decoder
     # the adaptive weight goes back through conv_out three times, which a compiled graph does not allow
     parts = [decoder.mid_block, *decoder.up_blocks] if args.adaptive_weight else [decoder]
@@ -1974,9 +2008,13 @@ class TrainingState:
         for name, optimizer in self.optimizers.items():
             groups = optimizer.state_dict()["param_groups"]  # the flags of this run, not of the last
             optimizer.load_state_dict(state["optimizers"][name] | {"param_groups": groups})
+            for weight, moments in optimizer.state.items():  # fused steps go through both as they lie in memory
+                for key, moment in moments.items():
+                    if torch.is_tensor(moment) and moment.shape == weight.shape:
+                        moments[key] = laid_out_as(weight, moment)
         if self.ema:  # which starts from the weights when the checkpoint holds none
             averaged = state["weights"].get("ema", state["weights"]["generator"])
-            shadow = [averaged[name].to(accelerator.device) for name, _ in self.generator.named_parameters()]
+            shadow = [laid_out_as(weight, averaged[name]) for name, weight in self.generator.named_parameters()]
             self.ema.load_state_dict(state["ema"] | {"shadow_params": shadow, "decay": self.ema.decay})
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
@@ -1985,6 +2023,11 @@ class TrainingState:
         self.lecam_anchors.copy_(state["lecam_anchors"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.tracker_run = state["tracker_run"]
+
+
+def laid_out_as(weight, x):
+    """x on the device and with the strides of `weight`, which --torch_compile may have changed since it was saved."""
+    return torch.empty_like(weight, dtype=x.dtype).copy_(x)
 
 
 def save_checkpoint(run):
@@ -2004,7 +2047,8 @@ def save_checkpoint(run):
         with replaced(final) as folder:
             export(run, folder)
             for name, weights in state.pop("weights").items():
-                safetensors.torch.save_file(weights, folder / f"{name}.safetensors")
+                contiguous = {key: weight.contiguous() for key, weight in weights.items()}  # all that safetensors takes
+                safetensors.torch.save_file(contiguous, folder / f"{name}.safetensors")
             if (output / "best").exists():  # to go back to, should later steps be taken again
                 shutil.copytree(output / "best", folder / "best")
             with open(folder / "training.pt", "wb") as file:  # a full disk is an OSError then
@@ -2785,7 +2829,7 @@ def start_accelerator(args):
         chosen = os.environ.get(f"ACCELERATE_{name}", "no").lower() not in ("no", "false", "0", "")
         require(not chosen, f"accelerate config: {name} is not supported; use plain multi-GPU, and --torch_compile")
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))  # others wait while one downloads, saves or uploads
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accumulation = GradientAccumulationPlugin(num_steps=1)  # the loop's own; accelerate's would divide the loss again
     with user_error("accelerate config", (ImportError, ValueError)):  # what else it asks for and is not there
         accelerator = Accelerator(
@@ -2821,6 +2865,13 @@ def start_accelerator(args):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = args.allow_tf32
+        torch.backends.cudnn.fp32_precision = "tf32" if args.allow_tf32 else "ieee"  # a process may have set others
+        if accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            logger.warning("--mixed_precision bf16: this GPU only emulates it, slowly; use fp16")
+        if args.gradient_accumulation_steps > 1:
+            whole = f"--train_batch_size {args.train_batch_size * args.gradient_accumulation_steps}"
+            whole += " --gradient_accumulation_steps 1"
+            logger.info(f"Small batches keep a GPU waiting: if memory allows, {whole} is the same step")
     return accelerator
 
 

@@ -31,6 +31,9 @@ from pathlib import Path
 
 import PIL.Image
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
@@ -321,10 +324,40 @@ def median_time(call, repeats):
     return statistics.median(times[2:])
 
 
-def parts(options):
-    """A step taken apart; its FLOPs and their share of the machine's."""
-    from torch.utils.flop_counter import FlopCounterMode
+class Counted(TorchDispatchMode):
+    """Operators, bytes and FLOPs of what runs inside, and the seconds that a machine needs for them by a simple model.
 
+    An operator reads and writes each of its tensors once. It takes as long as its FLOPs (convolutions and products
+    alone) at `flops` a second, or its bytes at `bandwidth` a second, whichever is longer. Compiled, some of the bytes
+    would stay in registers: count what runs in eager mode.
+    """
+
+    def __init__(self, flops, bandwidth):
+        super().__init__()
+        self.speed, self.operators, self.bytes, self.flops, self.seconds = (flops, bandwidth), 0, 0, 0, 0.0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = {id(x): x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        if not function.is_view:
+            count = flop_registry.get(function.overloadpacket)
+            flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
+            # an expanded tensor has fewer bytes in memory than numbers
+            size = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors.values())
+            self.operators, self.bytes, self.flops = self.operators + 1, self.bytes + size, self.flops + flops
+            self.seconds += max(flops / self.speed[0], size / self.speed[1])
+        return out
+
+
+def counted(call, *speed):
+    """What `call` does once, uncompiled."""
+    with torch.compiler.set_stance("force_eager"), Counted(*speed) as found:
+        call()
+    return found
+
+
+def parts(options):
+    """A step taken apart, with what the model of `Counted` predicts; its FLOPs and their share of the machine's."""
     import train_vqgan
 
     with tempfile.TemporaryDirectory() as folder:
@@ -334,22 +367,30 @@ def parts(options):
         images = next(train_vqgan.training_batches(run.items, args, run.seed, 0, accelerator, run.watch))[0]
         x = train_vqgan.to_signed(images, accelerator.device)
         repeats = 30 if CUDA else 7
-        seconds = {name: median_time(call, repeats) for name, call in parts_of_a_step(run, x).items()}
-        with FlopCounterMode(display=False) as counter:
-            a_step(run, x)
-    whole, flops = seconds["whole step"], counter.get_total_flops()
-    rows = [[name, f"{1000 * s:.1f}", f"{s / whole:.0%}"] for name, s in seconds.items()]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
-    kind = str(dtype).split(".")[1] + " with TF32" * (CUDA and dtype == torch.float32)
-    side = 8192 if CUDA else 2048
-    a, b = torch.randn(2, side, side, device=accelerator.device, dtype=dtype)
-    ceiling = 2 * side**3 / median_time(lambda: a @ b, repeats)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
+        kind = str(dtype).split(".")[1] + " with TF32" * (CUDA and dtype == torch.float32)
+        side = 8192 if CUDA else 2048
+        a, b = torch.randn(2, side, side, device=accelerator.device, dtype=dtype)
+        ceiling = 2 * side**3 / median_time(lambda: a @ b, repeats)
+        memory = torch.empty(2**28 if CUDA else 2**26, device=accelerator.device)
+        bandwidth = 2 * memory.nbytes / median_time(memory.clone, repeats)
+        seconds, predicted = {}, {}
+        for name, call in parts_of_a_step(run, x).items():
+            seconds[name] = median_time(call, repeats)
+            predicted[name] = counted(call, ceiling, bandwidth)
+    whole, flops, rows = seconds["whole step"], predicted["whole step"].flops, []
+    for name, took in seconds.items():
+        p = predicted[name]
+        work = [f"{p.operators:,}", f"{p.bytes / 1e9:.2f}", f"{p.flops / 1e9:.1f}", f"{1000 * p.seconds:.1f}"]
+        rows.append([name, f"{1000 * took:.1f}", f"{took / whole:.0%}", *work])
     note = (
         f"{sizes(options)}, {options.flags or 'eager'}, {args.timm_model_backend}: {flops / 1e9:.1f} GFLOP a step "
         f"(convolutions and matrix products), {flops / whole / 1e12:.3f} TFLOP/s, {flops / whole / ceiling:.0%} of the "
-        f"{ceiling / 1e12:.2f} TFLOP/s of a {kind} product of {side} x {side} matrices."
+        f"{ceiling / 1e12:.2f} TFLOP/s of a {kind} product of {side} x {side} matrices. Predicted: each operator in eager "
+        f"mode at that speed or at the {bandwidth / 1e9:.0f} GB/s of a copy."
     )
-    put("parts", ["part", "ms", "share of the step"], rows, note)
+    header = ["part", "ms", "share of the step", "operators", "GB", "GFLOP", "predicted, ms"]
+    put("parts", header, rows, note)
 
 
 def a_step(run, x):

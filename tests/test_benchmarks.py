@@ -50,6 +50,22 @@ def test_flags_of_the_throughput_benchmark_are_flags(tmp_path):
     assert found >= 4000 and found % 12 == 0
 
 
+def test_prediction_counts_operators_bytes_and_flops():
+    """A product, a copy and views, in numbers of four bytes, at 1 GFLOP/s and 2 GB/s.
+
+    Red when views count, when an expanded tensor counts as if it were written out, and when the faster side decides.
+    """
+    a, b = torch.zeros(64, 32), torch.zeros(32, 16)
+    product = throughput.counted(lambda: (a @ b).T[:4], 1e9, 2e9)
+    assert (product.operators, product.flops) == (1, 2 * 64 * 32 * 16)
+    assert product.bytes == 4 * (64 * 32 + 32 * 16 + 64 * 16)
+    assert product.seconds == pytest.approx(product.flops / 1e9)
+    row = torch.zeros(1, 32)
+    copy = throughput.counted(lambda: row.expand(64, 32).clone(), 1e9, 2e9)
+    assert (copy.operators, copy.flops, copy.bytes) == (1, 0, 4 * (32 + 64 * 32))
+    assert copy.seconds == pytest.approx(copy.bytes / 2e9)
+
+
 def test_every_part_of_a_step_runs(flags):
     """Red when what the benchmark takes from the script is gone, or a part leaves gradients for the next."""
     args = train_vqgan.parse_args([*flags, "--use_ema"])

@@ -440,24 +440,58 @@ def test_defaults_that_depend_on_a_pretrained_model(parse):
 # ---- On a GPU ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flag, matmul", [([], "high"), (["--no-allow_tf32"], "highest")])
-def test_tf32_is_the_networks_alone(flags, monkeypatch, flag, matmul):
-    """On an NVIDIA GPU: as the flag says in training, never in exact_fp32, even when that raises."""
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """start_accelerator believes in a GPU; afterwards the switches of precision are as they were."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
-    args = train_vqgan.parse_args([*flags, *flag])
-    accelerator = train_vqgan.Accelerator
-    monkeypatch.setattr(accelerator, "device", property(lambda self: torch.device("cuda")))
-    try:
-        train_vqgan.start_accelerator(args)
-        during = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        assert during == (matmul, matmul == "high")
-        with pytest.raises(ZeroDivisionError), train_vqgan.exact_fp32():
-            assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
-            raise ZeroDivisionError
-        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == during
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:]
+    monkeypatch.setattr(train_vqgan.Accelerator, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    yield
+    torch.backends.fp32_precision = torch.backends.cudnn.fp32_precision = "none"
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:]
+
+
+def precision():
+    """Of products and convolutions, and whether kernels are tried out; the old switches raise where the new differ."""
+    assert torch.backends.cudnn.allow_tf32 == (torch.backends.cudnn.conv.fp32_precision == "tf32")
+    assert torch.backends.cuda.matmul.allow_tf32 == (torch.backends.cuda.matmul.fp32_precision == "tf32")
+    kinds = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
+    return *kinds, torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("everywhere", ["none", "tf32", "ieee"])
+@pytest.mark.parametrize("flag, trained", [([], ("high", "tf32")), (["--no-allow_tf32"], ("highest", "ieee"))])
+def test_tf32_is_the_networks_alone(flags, on_cuda, flag, trained, everywhere):
+    """On an NVIDIA GPU: as the flag says in training, never in exact_fp32, even when that raises, whatever the process
+    has set for all of torch.
+
+    Red when either place leaves cudnn.fp32_precision as it is, and when kernels are tried out in exact_fp32.
+    """
+    torch.backends.fp32_precision = everywhere
+    train_vqgan.start_accelerator(train_vqgan.parse_args([*flags, *flag]))
+    assert precision() == (*trained, True)
+    with pytest.raises(ZeroDivisionError), train_vqgan.exact_fp32():
+        assert precision() == ("highest", "ieee", False)
+        raise ZeroDivisionError
+    assert precision() == (*trained, True)
+
+
+@pytest.mark.parametrize("kind, said", [("no", False), ("fp16", False), ("bf16", True)])
+def test_gpu_that_only_emulates_bf16(flags, on_cuda, caplog, kind, said):
+    """Red without the warning, and when it asks whether bf16 works at all."""
+    train_vqgan.start_accelerator(train_vqgan.parse_args([*flags, "--mixed_precision", kind]))
+    assert any("use fp16" in record.message for record in caplog.records) == said
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_gpu_that_waits_for_small_batches(flags, on_cuda, caplog, micro_batches):
+    """Red when the batch is not multiplied, and without accumulation when there is nothing to say."""
+    caplog.set_level("INFO", "train_vqgan")
+    more = ["--train_batch_size", "2", "--gradient_accumulation_steps", str(micro_batches)]
+    train_vqgan.start_accelerator(train_vqgan.parse_args([*flags, *more]))
+    said = [record.message for record in caplog.records if "keep a GPU waiting" in record.message]
+    assert len(said) == (micro_batches > 1) and all("--train_batch_size 8 " in line for line in said)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "byte order mark"])
