@@ -45,9 +45,9 @@ def parse_args(argv=None):
     add("--split", help="split of --dataset_name (default: train)")
     add("--streaming", action="store_true", help="read --dataset_name while encoding; each process reads all of it")
     add("--keep_columns", nargs="+", default=[], help="columns of --dataset_name to write beside the codes")
-    group = parser.add_argument_group("as in training")
+    theirs = train_vqgan.build_parser()._option_string_actions
     for name in AS_IN_TRAINING:
-        group._add_action(train_vqgan.build_parser()._option_string_actions[f"--{name}"])
+        parser._add_action(theirs[f"--{name}"])
     others = train_vqgan.parse_args(["--pretrained_model_name_or_path=.", "--report_to=none", "--no-gradient_checkpointing"])
     return parser.parse_args(argv, others)
 # fmt: on

@@ -85,6 +85,7 @@ def as_dataset(folder, target):
     }
     columns = {"image": [{"bytes": path.read_bytes(), "path": None} for path in paths]}
     columns |= {"label": [i % 2 for i in range(len(paths))], "note": [path.name for path in paths]}
+    features["copy"], columns["copy"] = features["image"], columns["image"]
     target.mkdir()
     datasets.Dataset.from_dict(columns, datasets.Features(features)).to_parquet(target / "train.parquet")
     return target
@@ -167,15 +168,15 @@ def test_what_cannot_be_read_is_left_out_and_counted(tokens, photos, tmp_path, c
 
 
 def test_kept_columns(tokens, photos, tmp_path):
-    """With their types; a picture keeps its bytes. Red when media are decoded on the way."""
+    """With their types; a picture keeps its bytes. Red when they are decoded on the way."""
     (tmp_path / "jpegs").mkdir()
     for path in photos.iterdir():
         PIL.Image.open(path).save(tmp_path / "jpegs" / f"{path.stem}.jpg", quality=60)
     folder = as_dataset(tmp_path / "jpegs", tmp_path / "set")
-    _, rows = tokens("--dataset_name", folder, "--keep_columns", "label", "image", "--shard_size", "4")
-    assert rows.column_names == ["codes", "source", "label", "image"]
+    _, rows = tokens("--dataset_name", folder, "--keep_columns", "label", "copy", "--shard_size", "4")
+    assert rows.column_names == ["codes", "source", "label", "copy"]
     assert rows.features["label"].names == ["a", "b"] and list(rows["label"][:]) == [0, 1, 0, 1, 0, 1, 0]
-    kept = rows.with_format(None).cast_column("image", datasets.Image(decode=False))["image"]
+    kept = rows.with_format(None).cast_column("copy", datasets.Image(decode=False))["copy"]
     assert [image["bytes"] for image in kept] == [(tmp_path / "jpegs" / f"{i}.jpg").read_bytes() for i in range(7)]
 
 
