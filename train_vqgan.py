@@ -136,6 +136,7 @@ def build_parser():
     add("--cache_dir", help="where downloaded models and data sets are kept")
     add("--max_train_samples", fixed=True, type=positive, help="train on this many images, drawn by seed")
     add("--resolution", fixed=True, type=number(int, 8), default=256, help="side of the training images, in pixels; the short side is resized, then cropped")
+    add("--short_side", fixed=True, type=number(int, 8), help="resize the short side to this many pixels before cropping --resolution of them (default: --resolution)")
     add("--center_crop", fixed=True, action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", fixed=True, action="store_true", help="mirror half of the images")
     add("--value_range", fixed=True, type=number(float), nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white in grey images of 16-bit, 32-bit or float values; a PGM's are first scaled to 65535 (default: by format, the lowest and highest its bits hold, and 0 and 1 for floats)")
@@ -843,7 +844,7 @@ class Run:
     """What a run is made of, as it stood at `checkpoint` when there is one. What moves while it trains is in `state`.
 
     args: the flags. generator, discriminator: as accelerate wraps them. perceptual, evaluator, images: or None. items:
-    training images, see `load_data`. images: of --validation_images, uint8 [n, 3, resolution, resolution].
+    training images, see `load_data`. images: of --validation_images, uint8 [n, 3, side, side].
     """
 
     def __init__(self, args, accelerator, checkpoint=None, progress=None):
@@ -855,7 +856,7 @@ class Run:
         self.seed = broadcast_object_list([drawn])[0] if args.seed is None else args.seed
         set_seed(self.seed)
         generator, discriminator = build_generator(args), build_discriminator(args)
-        self.images = load_validation_images(args)
+        self.images = load_validation_images(args, 2 ** (len(generator.config.block_out_channels) - 1))
         with accelerator.local_main_process_first():  # downloads once per machine
             self.items, held_out, self.data_identity = load_data(args, self.seed)
             perceptual = build_perceptual(args)
@@ -1155,23 +1156,26 @@ JUDGED_AFTER = 200  # training images read, when there are so many, before their
 def augment(item, rng, args):
     """A training image, uint8 [3, resolution, resolution], from what `open_image` takes; all chance comes from `rng`.
 
-    JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves twice the resolution.
+    JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves twice the pixels needed.
     """
-    image = read_image(item, args, reduced=True)
+    short_side = args.short_side or args.resolution
+    image = read_image(item, args, reduced_to=2 * short_side)
     flip = args.random_flip and rng.random() < 0.5
-    return to_square(image, args.resolution, None if args.center_crop else rng, flip)
+    return to_square(image, args.resolution, None if args.center_crop else rng, flip, short_side)
 
 
 class Unreadable(Exception):
     """An image that cannot be opened or decoded."""
 
 
-def read_image(item, args, reduced=False):
-    """RGB PIL image of what `open_image` takes; `reduced` or too large, JPEGs are decoded smaller, as in `augment`."""
+def read_image(item, args, reduced_to=None):
+    """RGB PIL image of what `open_image` takes. JPEGs are decoded at 1/2, 1/4 or 1/8 where both sides stay as long as
+    `reduced_to`, or as twice the resolution where they are too large.
+    """
     try:
         image = open_image(item)
-        if reduced or math.prod(image.size) > MAX_PIXELS:
-            image.draft(None, (2 * args.resolution, 2 * args.resolution))
+        if reduced_to or math.prod(image.size) > MAX_PIXELS:
+            image.draft(None, 2 * (reduced_to or 2 * args.resolution,))
         pixels = math.prod(image.size)
         if pixels > MAX_PIXELS:
             raise ValueError(f"{pixels / 1e6:.0f} megapixels, at most {MAX_PIXELS / 1e6:.0f} fit; make it smaller")
@@ -1187,15 +1191,16 @@ def read_image(item, args, reduced=False):
             raise Unreadable(one_line(error)) from error
 
 
-def to_square(image, resolution, rng=None, flip=False):
+def to_square(image, resolution, rng=None, flip=False, short_side=None):
     """RGB PIL image to uint8 [3, resolution, resolution]: short side resized (antialiased bicubic) and cropped.
 
-    The crop is the centre without `rng`, else drawn from it. Only the crop is resized, by torch: as Pillow to one level
-    of 256, in half the time.
+    The short side becomes `short_side` pixels, or `resolution`. The crop is the centre without `rng`, else drawn from
+    it. Only the crop is resized, by torch: as Pillow to one level of 256, in half the time.
     """
-    side = min(image.size)
-    room = [max(0, round(length * resolution / side) - resolution) for length in image.size]
-    left, top = [round((rng.randint(0, r) if rng else r / 2) * side / resolution) for r in room]
+    shortest, short_side = min(image.size), short_side or resolution
+    side = max(1, round(resolution * shortest / short_side))  # of the crop, before it is resized
+    room = [max(0, round(length * short_side / shortest) - resolution) for length in image.size]
+    left, top = [round((rng.randint(0, r) if rng else r / 2) * shortest / short_side) for r in room]
     left, top = min(left, image.width - side), min(top, image.height - side)
     pixels = np.array(image.crop((left, top, left + side, top + side)))
     x = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
@@ -1879,12 +1884,14 @@ def codebook_use(counts):
     }
 
 
-def load_validation_images(args):
-    """uint8 [n, 3, resolution, resolution]: short side resized, centre cropped; None without --validation_images."""
-    images = []
+def load_validation_images(args, factor):
+    """uint8 [n, 3, side, side]: short side resized to --short_side, the largest centre that the model's downsampling
+    `factor` divides; None without --validation_images.
+    """
+    images, short_side = [], args.short_side or args.resolution
     for path in args.validation_images:
         with user_error(f"--validation_images: cannot read {path}", Unreadable):
-            images.append(to_square(read_image(path, args), args.resolution))
+            images.append(to_square(read_image(path, args), short_side // factor * factor, short_side=short_side))
     return torch.stack(images) if images else None
 
 
@@ -1900,7 +1907,7 @@ def log_images(run):
     rounded = [reconstruct(generator, image.to(device), run.args)[0].cpu() for image in run.images.split(1)]
     x, x_hat = run.images, torch.cat(rounded)
     difference = (x.int() - x_hat.int()).abs().to(torch.uint8)
-    strips = torch.cat([x, x_hat, difference], dim=3)  # [n, 3, resolution, 3 * resolution]
+    strips = torch.cat([x, x_hat, difference], dim=3)  # [n, 3, side, 3 * side]
     folder = Path(run.args.output_dir) / "validation"
     with keep_going("write validation images"):
         folder.mkdir(exist_ok=True)
@@ -2856,6 +2863,8 @@ def check_args(args):
     require(not endless, "--streaming: needs --max_train_steps; the data has no known end")
     bits = not args.use_8bit_adam or importlib.util.find_spec("bitsandbytes")
     require(bits, "--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
+    small = f"--short_side: {args.short_side} is less than --resolution, {args.resolution}, which is cropped of it"
+    require(not args.short_side or args.short_side >= args.resolution, small)
     low, high = args.value_range or (0, 1)
     require(low < high, f"--value_range: LOW must be less than HIGH, got {low:g} {high:g}")
     loaded = args.pretrained_model_name_or_path or args.codebook_init != "keep"

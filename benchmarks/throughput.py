@@ -472,7 +472,9 @@ def decoding(paths, resolution):
 
     from train_vqgan import augment, random_numbers_of_sample
 
-    args = argparse.Namespace(resolution=resolution, center_crop=False, random_flip=True, value_range=None)
+    args = argparse.Namespace(
+        resolution=resolution, center_crop=False, random_flip=True, value_range=None, short_side=None
+    )
     theirs = [transforms.Resize(resolution, transforms.InterpolationMode.BILINEAR), transforms.RandomCrop(resolution)]
     theirs = transforms.Compose([*theirs, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
     vision = [v2.Resize(resolution, antialias=True), v2.RandomCrop(resolution), v2.RandomHorizontalFlip()]

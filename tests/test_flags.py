@@ -285,6 +285,7 @@ def test_no_part_of_the_training_images_is_held_out(parse, photos, flag):
     [
         (["--streaming", "--dataset_name", "a/b"], ["--streaming", "--max_train_steps"]),
         (["--codebook_init", "keep"], ["--codebook_init", "--pretrained_model_name_or_path"]),
+        (["--short_side", "64", "--resolution", "128"], ["--short_side", "64", "--resolution", "128"]),
     ],
 )
 def test_what_cannot_work_is_refused(refused, flags, words):

@@ -422,6 +422,7 @@ REFUSED_ON_RESUME = [
     "--streaming",
     "--max_train_samples 3",
     "--resolution 32",
+    "--short_side 32",
     "--center_crop",
     "--random_flip",
     "--value_range 0 4095",
@@ -838,6 +839,7 @@ CHANGES_TRAINING = [
     "--pixel_range unit",
     "--max_train_samples 1",
     "--resolution 32",
+    "--short_side 32",
 ]
 
 
