@@ -331,7 +331,7 @@ def parts(options):
         args = train_vqgan.parse_args(list(map(str, flags(OURS, options, folder, flags=f"{options.flags} --use_ema"))))
         accelerator = train_vqgan.start_accelerator(args)
         run = train_vqgan.Run(args, accelerator)
-        images = next(train_vqgan.training_batches(run.items, args, run.seed, 0, accelerator, run.watch))[0]
+        images = next(train_vqgan.training_batches(run.items, args, run.seed, 0, accelerator, run.watch, {}))[0]
         x = train_vqgan.to_signed(images, accelerator.device)
         repeats = 30 if CUDA else 7
         seconds = {name: median_time(call, repeats) for name, call in parts_of_a_step(run, x).items()}
@@ -473,7 +473,7 @@ def decoding(paths, resolution):
     from train_vqgan import augment, random_numbers_of_sample
 
     args = argparse.Namespace(
-        resolution=resolution, center_crop=False, random_flip=True, value_range=None, short_side=None
+        resolution=resolution, center_crop=False, random_flip=True, value_range=None, short_side=None, random_scale=None
     )
     theirs = [transforms.Resize(resolution, transforms.InterpolationMode.BILINEAR), transforms.RandomCrop(resolution)]
     theirs = transforms.Compose([*theirs, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
