@@ -43,6 +43,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tarfile
 import time
 import traceback
 import uuid
@@ -61,6 +62,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # waiting threads let go of a C
 import datasets
 import fsspec
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import PIL.PngImagePlugin
@@ -79,6 +81,8 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
+from datasets.distributed import split_dataset_by_node
+from datasets.utils.file_utils import xopen
 from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import VectorQuantizer
@@ -89,8 +93,9 @@ from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm.auto import tqdm
 
 from discriminator import (
@@ -128,14 +133,19 @@ def build_parser():
     positive, count, weight = number(int, 1), number(int, 0), number(float, 0)
 
     add = parser.group("data")
-    add("--dataset_name", help="data set on the Hub, or a local directory that the datasets library reads")
+    add("--dataset_name", help="data set on the Hub, a local directory that the datasets library reads, or files: .tar, .parquet, .zip, ..., with commas or as in {000..127}.tar, local or at an address")
     add("--dataset_config_name", help="configuration of that data set, when it has several")
+    add("--train_split", fixed=True, help="split of that data set to train on (default: train)")
     add("--train_data_dir", type=folder, help="folder of images, searched recursively; without it and --dataset_name: the photographs in images/train")
     add("--image_column", fixed=True, default="image", help="column that holds the images")
     add("--streaming", fixed=True, action="store_true", help="read the data set while training instead of downloading it first; needs --max_train_steps")
+    add("--shuffle_buffer", type=count, help="images of a stream that each data worker draws from; 0: they come in the order of their shard (default: as many as fit --shuffle_buffer_mb)")
+    add("--shuffle_buffer_mb", type=count, default=512, help="MiB of encoded images in these buffers, per training process")
     add("--cache_dir", help="where downloaded models and data sets are kept")
     add("--max_train_samples", fixed=True, type=positive, help="train on this many images, drawn by seed")
     add("--resolution", fixed=True, type=number(int, 8), default=256, help="side of the training images, in pixels; the short side is resized, then cropped")
+    add("--short_side", fixed=True, type=number(int, 8), help="resize the short side to this many pixels before cropping --resolution of them (default: --resolution)")
+    add("--random_scale", fixed=True, type=number(float, 1e-30), nargs=2, metavar=("LOW", "HIGH"), help="multiply the short side by a number drawn from this range, for each image; 1 1.25 is what ADM and LlamaGen do")
     add("--center_crop", fixed=True, action="store_true", help="crop the centre instead of a random place")
     add("--random_flip", fixed=True, action="store_true", help="mirror half of the images")
     add("--value_range", fixed=True, type=number(float), nargs=2, metavar=("LOW", "HIGH"), help="values that become black and white in grey images of 16-bit, 32-bit or float values; a PGM's are first scaled to 65535 (default: by format, the lowest and highest its bits hold, and 0 and 1 for floats)")
@@ -850,7 +860,7 @@ class Run:
     """What a run is made of, as it stood at `checkpoint` when there is one. What moves while it trains is in `state`.
 
     args: the flags. generator, discriminator: as accelerate wraps them. perceptual, evaluator, images: or None. items:
-    training images, see `load_data`. images: of --validation_images, uint8 [n, 3, resolution, resolution].
+    training images, see `load_data`. images: of --validation_images, uint8 [n, 3, side, side].
     """
 
     def __init__(self, args, accelerator, checkpoint=None, progress=None):
@@ -862,7 +872,7 @@ class Run:
         self.seed = broadcast_object_list([drawn])[0] if args.seed is None else args.seed
         set_seed(self.seed)
         generator, discriminator = build_generator(args), build_discriminator(args)
-        self.images = load_validation_images(args)
+        self.images = load_validation_images(args, 2 ** (len(generator.config.block_out_channels) - 1))
         with accelerator.local_main_process_first():  # downloads once per machine
             self.items, held_out, self.data_identity = load_data(args, self.seed)
             perceptual = build_perceptual(args)
@@ -1154,35 +1164,50 @@ MAX_PIXELS = 2**29 // 3  # 512 MiB as RGB, where Pillow would refuse
 PIL.Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit comes before a JPEG is reduced
 PIL.PngImagePlugin.MAX_TEXT_CHUNK = PIL.PngImagePlugin.MAX_TEXT_MEMORY  # drawing programs write more than 1 MiB
 RANGE_WARNED = mmap.mmap(-1, 1)  # in this run; data workers share it
+for protocol in ("http", "https"):  # fsspec's own choice there fetches half of what is read in order twice
+    fsspec.config.conf.setdefault(protocol, {}).setdefault("cache_type", "readahead")
 HIDDEN_FOLDERS = (".", "__", "@eaDir", "$RECYCLE.BIN")  # also of archives, network drives and Windows
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 BYTES_OR_PATHS = ("binary", "large_binary", "string", "large_string")  # types of columns
 JUDGED_AFTER = 200  # training images read, when there are so many, before their readability is judged
+ROWS_AT_ONCE = 16  # of a stream
+READ_AGAIN = 6  # times, after 2, 4, ... seconds, what a network did not give
+SILENT_AFTER = 3600  # seconds without a batch, a data worker hangs: longer than a network is waited for
 
 
 def augment(item, rng, args):
     """A training image, uint8 [3, resolution, resolution], from what `open_image` takes; all chance comes from `rng`.
 
-    JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves twice the resolution.
+    JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves twice the pixels needed.
     """
-    image = read_image(item, args, reduced=True)
+    short_side = args.short_side or args.resolution
+    if args.random_scale:
+        short_side = round(short_side * rng.uniform(*args.random_scale))
+    image = read_image(item, args, reduced_to=2 * short_side)
     flip = args.random_flip and rng.random() < 0.5
-    return to_square(image, args.resolution, None if args.center_crop else rng, flip)
+    return to_square(image, args.resolution, None if args.center_crop else rng, flip, short_side)
 
 
 class Unreadable(Exception):
     """An image that cannot be opened or decoded."""
 
 
-def read_image(item, args, reduced=False):
-    """RGB PIL image of what `open_image` takes; `reduced` or too large, JPEGs are decoded smaller, as in `augment`."""
+def read_image(item, args, reduced_to=None):
+    """RGB PIL image of what `open_image` takes. JPEGs are decoded at 1/2, 1/4 or 1/8 where both sides stay as long as
+    `reduced_to`, or as twice the resolution where they are too large; with `reduced_to` others may come as a tensor.
+    """
     try:
         image = open_image(item)
-        if reduced or math.prod(image.size) > MAX_PIXELS:
-            image.draft(None, (2 * args.resolution, 2 * args.resolution))
+        whole = image.size
+        if reduced_to or math.prod(image.size) > MAX_PIXELS:
+            image.draft(None, 2 * (reduced_to or 2 * args.resolution,))
         pixels = math.prod(image.size)
         if pixels > MAX_PIXELS:
             raise ValueError(f"{pixels / 1e6:.0f} megapixels, at most {MAX_PIXELS / 1e6:.0f} fit; make it smaller")
+        if reduced_to and image.size == whole and image.format == "JPEG" and image.mode == "RGB":
+            x = decode_plain_jpeg(image)
+            if x is not None:
+                return x
         image.load()  # here, as exif_transpose would swallow a decoder's error
     except UserError:
         raise
@@ -1195,19 +1220,38 @@ def read_image(item, args, reduced=False):
             raise Unreadable(one_line(error)) from error
 
 
-def to_square(image, resolution, rng=None, flip=False):
-    """RGB PIL image to uint8 [3, resolution, resolution]: short side resized (antialiased bicubic) and cropped.
-
-    The crop is the centre without `rng`, else drawn from it. Only the crop is resized, by torch: as Pillow to one level
-    of 256, in half the time.
+def decode_plain_jpeg(image):
+    """uint8 [3, height, width] of a JPEG that is open in Pillow, by torchvision, which is faster at it; None where it is
+    to be turned, or damaged: Pillow decides what of it counts.
     """
-    side = min(image.size)
-    room = [max(0, round(length * resolution / side) - resolution) for length in image.size]
-    left, top = [round((rng.randint(0, r) if rng else r / 2) * side / resolution) for r in room]
-    left, top = min(left, image.width - side), min(top, image.height - side)
-    pixels = np.array(image.crop((left, top, left + side, top + side)))
-    x = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
-    x = F.interpolate(x, (resolution, resolution), mode="bicubic", antialias=True)[0]
+    if "exif" in image.info and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+        return None
+    image.fp.seek(0)
+    with suppress(RuntimeError):
+        return decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), ImageReadMode.RGB)
+    image.fp.seek(0)
+
+
+def to_square(image, resolution, rng=None, flip=False, short_side=None):
+    """RGB PIL image, or uint8 [3, height, width], to uint8 [3, resolution, resolution]: short side resized (antialiased
+    bicubic) and cropped.
+
+    The short side becomes `short_side` pixels, or `resolution`. The crop is the centre without `rng`, else drawn from
+    it. Only the crop is resized, by torch: as Pillow to one level of 256, in half the time.
+    """
+    width, height = image.size if isinstance(image, PIL.Image.Image) else (image.shape[2], image.shape[1])
+    shortest, short_side = min(width, height), short_side or resolution
+    side = max(1, round(resolution * shortest / short_side))  # of the crop, before it is resized
+    room = [max(0, round(length * short_side / shortest) - resolution) for length in (width, height)]
+    left, top = [round((rng.randint(0, r) if rng else r / 2) * shortest / short_side) for r in room]
+    left, top = min(left, width - side), min(top, height - side)
+    if isinstance(image, PIL.Image.Image):
+        pixels = np.array(image.crop((left, top, left + side, top + side)))
+        x = torch.from_numpy(pixels).permute(2, 0, 1)
+    else:
+        x = image[:, top : top + side, left : left + side]
+    if side != resolution:
+        x = F.interpolate(x.unsqueeze(0), (resolution, resolution), mode="bicubic", antialias=True)[0]
     return x.flip(2) if flip else x
 
 
@@ -1354,24 +1398,27 @@ def collate(samples):
     return default_collate(images), faults  # straight into shared memory: a worker that has none left says so
 
 
-def training_batches(items, args, seed, start, accelerator, watch):
+def training_batches(items, args, seed, start, accelerator, watch, positions):
     """Endless pairs of this process: uint8 micro-batches [train_batch_size, 3, resolution, resolution] of each world-th
     sample from `start`, the number of samples that all processes have seen; and for each image its fault, or None.
+
+    --streaming: from `positions`, see ShardStream, and with a third: a worker, and its position after the micro-batch.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     workers = min(8, cores_per_process()) if args.dataloader_num_workers is None else args.dataloader_num_workers
     if args.streaming:
-        yield from streamed_batches(items, args, seed, start, rank, world, workers, watch)
-        return
-    watch.pass_length = -(-len(items) // world)
-    loader = DataLoader(
-        SampleStream(items, args, seed),
-        sampler=itertools.count(start + rank, world),
-        batch_size=args.train_batch_size,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+        if items.num_shards < world * max(1, workers):
+            items = items.reshard()  # row groups of parquet files
+        if args.dataloader_num_workers is None:
+            workers = min(workers, max(1, items.num_shards // world))
+        begin_pass(positions, max(1, workers))
+        data, how = ShardStream(items, args, seed, start, accelerator, positions), {"batch_size": None}
+    else:
+        watch.pass_length = -(-len(items) // world)
+        data, how = SampleStream(items, args, seed), {"batch_size": args.train_batch_size, "collate_fn": collate}
+        how["sampler"] = itertools.count(start + rank, world)
+    pinned, timeout = accelerator.device.type == "cuda", SILENT_AFTER if workers else 0
+    loader = DataLoader(data, num_workers=workers, pin_memory=pinned, timeout=timeout, **how)
     child_died = getattr(signal, "SIGCHLD", None)  # Windows has none
     handler = child_died and signal.getsignal(child_died)
     again = f"{GO_ON}, with fewer workers if it happens again"
@@ -1388,7 +1435,7 @@ def training_batches(items, args, seed, start, accelerator, watch):
     except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: killed while it hands a batch over
         why = str(error).strip().splitlines()[-1:]  # a worker's own error comes with its traceback before it
         crowded = isinstance(error, RuntimeError) and re.search(r"shared memory|</torch_\d+", "".join(why))
-        died = not isinstance(error, RuntimeError) or "DataLoader worker (pid" in str(error)
+        died = not isinstance(error, RuntimeError) or re.search(r"DataLoader (worker \(pid|timed out)", str(error))
         if crowded:
             raise UserError(f"--dataloader_num_workers: {why[0]}; {room}; {again}") from error
         if not died:  # raised by a worker
@@ -1396,51 +1443,130 @@ def training_batches(items, args, seed, start, accelerator, watch):
         raise UserError(f"--dataloader_num_workers: a data worker died, {one_line(error)}; {again}") from error
 
 
-def streamed_batches(dataset, args, seed, start, rank, world, threads, watch):
-    """--streaming: batches of the shuffled stream again and again; process `rank` takes every world-th sample.
+def begin_pass(positions, workers):
+    """Let all workers begin the next pass, unless `positions` are of as many: at the start, or as many no more."""
+    if {*positions} != {*range(workers)}:
+        last = max((number for number, *_ in positions.values()), default=-1)
+        positions.clear()
+        positions.update(dict.fromkeys(range(workers), (last + 1, None, 0)))
+        if last >= 0:
+            logger.info("--streaming: with other numbers of processes or data workers a new pass over the data begins")
 
-    Resuming reads past what was seen, undecoded: a position in a remote stream cannot be jumped to. Threads, not
-    processes, decode: each further process would read the whole stream again.
+
+class ShardStream(IterableDataset):
+    """The endless stream of training images of one process, of --streaming.
+
+    Each of its data workers is a reader with shards of its own: it begins its next pass over the data when it has
+    finished one, and waits for nobody. A position is (number of the pass, what `datasets` calls its state there or
+    None, images taken from there on).
     """
-    dataset = dataset.shuffle(seed=seed, buffer_size=1000)
 
-    def rows():
-        for epoch in itertools.count():
-            dataset.set_epoch(epoch)
-            rows_read = 0
+    def __init__(self, items, args, seed, start, accelerator, positions):
+        """start: samples that all processes have seen. positions: worker -> its position; whose turn it is comes first."""
+        self.items, self.args, self.seed, self.start, self.turns = items, args, seed, start, [*positions.items()]
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.readers = self.world * len(positions)
+        self.divided = items.num_shards >= self.readers
+        shards = f"{items.num_shards} shards for {self.readers} readers (processes x data workers)"
+        logger.info(f"Streaming {shards}; each process draws from at most {args.shuffle_buffer_mb} MiB of images")
+        if not self.divided:
+            cost = "each reads them all, and takes every n-th image"
+            logger.warning(f"--streaming: {shards}: {cost}; more shards or a lower --dataloader_num_workers mends that")
 
-            def hint(error):
-                return f"{shard_being_read(error)}; {GO_ON}"
+    def __iter__(self):
+        """Of a worker: (uint8 micro-batch, faults, (worker, its position after them)), each time that it is its turn."""
+        info, size = get_worker_info(), self.args.train_batch_size
+        turn, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker, position = self.turns[turn]
+        pairs = self.passes(worker * self.world + self.rank, position)
+        for i in itertools.count(turn, workers):  # micro-batches of this process
+            images, faults = [], []
+            while len(images) < size:
+                g = self.start + self.rank + self.world * (i * size + len(images))
+                (item, position), fault = next(pairs), None
+                try:
+                    images.append(augment(item, random_numbers_of_sample(g, self.seed), self.args))
+                except Unreadable as error:  # the next one takes its place
+                    fault = describe_fault(item, g, error)
+                faults.append(fault)
+                none = f"--dataset_name: no image of {self.args.dataset_name} can be read; the last one: {fault}"
+                require(images or len(faults) < JUDGED_AFTER, none)
+            yield torch.stack(images), faults, (worker, position)
 
-            with user_error(f"--streaming: {args.dataset_name} broke off", Exception, hint):  # readers have their own
-                for row in dataset:
-                    rows_read += 1
-                    yield row[args.image_column]
-            require(rows_read, f"--dataset_name: {args.dataset_name} has no images in its train split")
-            watch.pass_length = -(-rows_read // world)
+    def passes(self, reader, position):
+        """Pairs (image, position of `reader` when it had been read), pass after pass."""
+        empty = 0
+        while empty < 10:  # a reader may have been dealt nothing but empty shards
+            empty += 1
+            for pair in self.shuffled(self.one_pass(reader, *position), f"{self.seed} {reader} {position[0]}"):
+                empty = 0
+                yield pair
+            position = position[0] + 1, None, 0
+        raise UserError(f"--dataset_name: {self.args.dataset_name} has no images in its train split")
 
-    samples = itertools.islice(enumerate(rows()), start + rank, None, world)
+    def shuffled(self, pairs, seed):
+        """The pairs drawn from a buffer, with the position of the last one read. It gives while it fills, one for two."""
+        held, size, rng = [], 0, random.Random(seed)
+        most = self.args.shuffle_buffer if self.args.shuffle_buffer is not None else math.inf
+        room = self.args.shuffle_buffer_mb * 2**20 / len(self.turns)
+        for n, (item, position) in enumerate(pairs):
+            held.append(item)
+            size += size_in_memory(item)
+            due = n % 2
+            while due or len(held) > most or size > room:
+                i = rng.randrange(len(held))
+                held[i], held[-1] = held[-1], held[i]
+                size -= size_in_memory(held[-1])
+                due = 0
+                yield held.pop(), position
+        rng.shuffle(held)
+        for item in held:
+            yield item, position
 
-    def load(g, item):
-        return augment(item, random_numbers_of_sample(g, seed), args)
+    def share(self, reader, number):
+        """What `reader` reads in a pass. Shards are shuffled and dealt on from where the last pass ended: in the long run
+        all readers get equally many.
+        """
+        dealt, strategy = number * self.items.num_shards, "shards" if self.divided else "examples"
+        share = split_dataset_by_node(self.items, (reader - dealt) % self.readers, self.readers, strategy)
+        share.set_epoch(1 + random_numbers_of_sample(number, self.seed).randrange(2**31))  # which shuffles the shards
+        return share
 
-    readable = []
-    for batches_read, batch in enumerate(read_ahead(samples, load, args.train_batch_size, threads), 1):
-        images, faults = zip(*batch)
-        readable = [image for image in images if image is not None] or readable
-        if not readable and batches_read * args.train_batch_size >= JUDGED_AFTER:
-            raise UserError(f"--dataset_name: no image of {args.dataset_name} can be read; the last one: {faults[-1]}")
-        if readable:  # in the place of unreadable ones others of their batch come again
-            others = itertools.cycle(readable)
-            yield torch.stack([next(others) if image is None else image for image in images]), faults
+    def one_pass(self, reader, number, state, taken):
+        """The rest of a pass. The same state is read from again, a few times, where a network fails."""
+        share, failures = self.share(reader, number), 0
+        while True:
+            if state:
+                share.load_state_dict(state)
+            try:
+                for rows in share.iter(ROWS_AT_ONCE):
+                    (items,) = rows.values()
+                    for item in items[taken:]:
+                        taken += 1
+                        yield item, (number, state, taken)
+                    state, taken, failures = share.state_dict(), 0, 0
+                return
+            except Exception as error:  # readers have their own
+                where, failures = shard_being_read(error), failures + 1
+                broken = f"--streaming: {self.args.dataset_name} broke off: {one_line(error)}{where}"
+                if "://" not in where or failures > READ_AGAIN:
+                    raise UserError(f"{broken}; {GO_ON}") from error
+                logger.warning(f"{broken}; trying again in {2**failures} s")
+                time.sleep(2**failures)
+
+
+def size_in_memory(item):
+    """Of what `open_image` takes, in bytes, about."""
+    return 500 + len((item or {}).get("bytes") or b"")
 
 
 def shard_being_read(error):
     """ " in FILE", where a reader of `datasets` failed: its errors do not name the shard. Empty where none is known."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if "packaged_modules" in frame.f_code.co_filename:
-            shard = frame.f_locals.get("file") or frame.f_locals.get("tar_path")
-            return f" in {shard}" if isinstance(shard, str) else ""
+        if "packaged_modules" in frame.f_code.co_filename or frame.f_code is read_tars.__code__:
+            shard = frame.f_locals.get("tar") or frame.f_locals.get("file")
+            if isinstance(shard, str):
+                return f" in {shard}"
     return ""
 
 
@@ -1465,23 +1591,28 @@ def read_ahead(numbered, load, size, threads):
             yield batch
 
 
-def step_batches(batches, per_step, steps, watch):
+def step_batches(batches, per_step, steps, watch, positions):
     """The micro-batches of each of `steps` steps, fetched two steps ahead.
 
     So a process whose data fails can still take part in the steps after which all know of it, stop, and save.
+    `positions` become those of a stream after the step that is given out, whose turn it is next first.
     """
     fetched = deque()
     for step in range(steps):
         try:
             while len(fetched) < min(3, steps - step) and not watch.failure:
-                micro_batches, faults = zip(*(next(batches) for _ in range(per_step)))
+                micro_batches, faults, *turns = zip(*(next(batches) for _ in range(per_step)))
                 watch.note_faults(itertools.chain(*faults))
-                fetched.append(micro_batches)
+                fetched.append((micro_batches, itertools.chain(*turns)))
         except UserError as error:
             watch.failure = error
         if not fetched:
             return
-        yield fetched.popleft()
+        micro_batches, turns = fetched.popleft()
+        for worker, position in turns:
+            positions.pop(worker)
+            positions[worker] = position
+        yield micro_batches
 
 
 def held_out_batches(items, n, args, rank, world):
@@ -1494,7 +1625,7 @@ def held_out_batches(items, n, args, rank, world):
             with user_error(f"--validation_split: {args.validation_split} of {args.dataset_name} broke off", Exception):
                 for i, row in enumerate(itertools.islice(items, n)):
                     if i % world == rank:
-                        yield i, row[args.image_column]
+                        yield i, *row.values()
 
         numbered = rows()
     else:
@@ -1517,7 +1648,7 @@ def load_data(args, seed):
     items = held_out = identity = None
     if not args.eval_only or args.validation_fraction:
         if args.dataset_name:
-            items, identity = load_split("--dataset_name", "train", args)
+            items, identity = load_split("--dataset_name", args.train_split or "train", args)
         else:
             items = list_images("--train_data_dir", args.train_data_dir or REPOSITORY / "images" / "train", args)
             identity = items.identity
@@ -1611,54 +1742,130 @@ def list_images(flag, folder, args):
     return ImageFiles(folder, images)
 
 
+# Of files: the reader of `datasets` for each kind.
+READERS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow", ".zip": "imagefolder", ".csv": "csv"}
+READERS |= {".json": "json", ".jsonl": "json"}
+
+
+def listed_files(name):
+    """What braces ({000..127}, {a,b}) and commas make of `name`, where all are files of a kind in READERS; else none."""
+    braces = re.search(r"\{((\d+)\.\.(\d+)|[^{}]*,[^{}]*)\}", name)
+    if braces:
+        parts, first, last = braces.groups()
+        parts = parts.split(",") if not first else [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+        return [file for part in parts for file in listed_files(name[: braces.start()] + part + name[braces.end() :])]
+    files = [name] if os.path.exists(name) else name.split(",")
+    kinds = {READERS.get(Path(file).suffix.lower()) for file in files}
+    return files if len(kinds) == 1 and None not in kinds else []
+
+
+def read_tars(tars, column, version=None):
+    """Rows of webdataset archives: the first image of each sample, files of one stem; or what has the suffix `column`.
+
+    version: of the archives, for the cache of `datasets`.
+    """
+    for tar in tars:
+        before = None
+        try:
+            with xopen(tar, "rb") as opened, tarfile.open(fileobj=opened, mode="r|*") as archive:
+                for member in archive:
+                    folder, name = os.path.split(member.name)
+                    stem, _, suffix = name.partition(".")
+                    is_image = os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+                    wanted = is_image if column == "image" else suffix == column
+                    if wanted and stem and member.isfile() and (folder, stem) != before:
+                        before = folder, stem
+                        yield {column: {"bytes": archive.extractfile(member).read(), "path": member.name}}
+        except tarfile.ReadError as error:
+            yield {column: {"bytes": b"", "path": f"the end of {tar} ({error})"}}
+
+
 def load_split(flag, split, args, beside=()):
-    """(images, undecoded, identity) of one split of --dataset_name: saved, of a local directory, or on the Hub.
+    """(images, undecoded, identity) of one split of --dataset_name: saved, of a local directory, files, or on the Hub.
 
     A stream has rows, with the columns named `beside` the image's, too.
     """
     name, path, column = args.dataset_name, Path(args.dataset_name), args.image_column
-    options = {"split": split, "cache_dir": args.cache_dir, "streaming": args.streaming}
-    require(not path.is_file(), f"{flag}: {name} is a file; give the folder that holds it")
+    parts = [] if path.is_dir() else listed_files(name)
     if path.exists():
+        known = f"{flag}: {name} is of no kind that is read here: {', '.join(READERS)}"
+        require(path.is_dir() or parts, known)
         name = os.path.abspath(name)  # such as "."
-        odd = not path.is_dir() or re.search(r"[][*?]|::", name)
-        require(not odd, f"{flag}: datasets takes {name} for a pattern; rename the folder, or link to it")
+        plain = not re.search(r"[][*?]|::", name)
+        require(plain, f"{flag}: datasets takes {name} for a pattern; rename it; a folder of images: --train_data_dir")
         inside = Path(args.output_dir).resolve().is_relative_to(path.resolve()) and not args.eval_only
         require(not inside, f"--output_dir: it lies inside {name}, where datasets would take results for data")
+    missing = [file for file in parts if "://" not in file and not os.path.exists(file)]
+    require(not missing, f"{flag}: no such file: {', '.join(missing[:3])}")
+    whole = f"{flag}: files have no splits; name held-out images with --validation_data_dir"
+    require(not parts or split != args.validation_split, whole)
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     configuration = f"--dataset_config_name: {name} was saved by save_to_disk, which keeps no configurations"
     require(not (saved and args.dataset_config_name), configuration)
     absent = "; there is no such local directory, and the Hub did not give it: check the name and the network"
-    if not path.exists():
+    if not path.exists() and not parts:
         logger.info(f"Contacting the Hugging Face Hub for data set {name}")
 
     def hint(error):
         if "config" in str(error).lower():
             return "; --dataset_config_name chooses a configuration"
-        return "" if path.exists() else absent
+        if "split" in str(error).lower() and not args.train_split:
+            return "; --train_split chooses another"
+        return "" if path.exists() or parts else absent
 
+    files = list_files(name, args)[0] if path.is_dir() else []
+    files = [(file, size) for file, size in files if Path(file).suffix not in (".md", ".db")]  # notes are no data
+    files += [(os.path.basename(part), os.path.getsize(part) if os.path.exists(part) else 0) for part in parts]
     with user_error(f"{flag}: cannot read the {split} split of {name}", Exception, hint):  # formats have their own
         if saved:
             dataset = datasets.load_from_disk(name)
             dataset = dataset if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
-            require(split in dataset, f"{flag}: {name} has no {split} split; it has: {', '.join(dataset)}")
-            dataset = dataset[split].to_iterable_dataset() if args.streaming else dataset[split]
+            other = "" if args.train_split else " (--train_split chooses another)"
+            require(split in dataset, f"{flag}: {name} has no {split} split{other}; it has: {', '.join(dataset)}")
+            dataset, builder = dataset[split], None
+            if args.streaming:
+                dataset = dataset.to_iterable_dataset(max(1, min(len(dataset), 1024)))
         else:
-            dataset = datasets.load_dataset(name, args.dataset_config_name, **options)
-    files = list_files(name, args)[0] if path.is_dir() else []
-    files = [(file, size) for file, size in files if Path(file).suffix not in (".md", ".db")]  # notes are no data
+            source = {"path": name, "name": args.dataset_config_name}
+            if parts:
+                first = parts[:1] if args.streaming else parts  # which are looked for, one by one
+                source = {"path": READERS[Path(parts[0]).suffix.lower()], "data_files": {split: first}}
+            builder = datasets.load_dataset_builder(**source, cache_dir=args.cache_dir)
+            if parts:
+                builder.config.data_files = {split: parts}
+            found = builder.config.data_files or {}
+            if builder.name == "webdataset" and split in found:
+                kind, options = datasets.IterableDataset, {"gen_kwargs": {"tars": [*found[split]], "column": column}}
+                if not args.streaming:
+                    kind, options["cache_dir"] = datasets.Dataset, args.cache_dir
+                    options["gen_kwargs"]["version"] = builder.config_id
+                options["features"] = datasets.Features({column: datasets.Image(decode=False)})
+                dataset = kind.from_generator(read_tars, **options)
+            elif args.streaming:
+                dataset = builder.as_streaming_dataset(split)
+            else:
+                builder.download_and_prepare()
+                dataset = builder.as_dataset(split)
     identity = identity_of_files(files) if files else f"{name} {sorted(dataset.info.download_checksums or {})}"
     features = dataset.features or {}
+    declared = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    if column == "image" and column not in features and len(declared) == 1:
+        (column,) = declared
+        logger.info(f"{flag}: taking the images in column {column}")
     images = [key for key, feature in features.items() if may_hold_images(feature)]
-    known = not features or column in images
+    n_files = sum(Path(file).suffix.lower() in IMAGE_SUFFIXES for file, _ in files)
     listed = f"columns that may hold images: {', '.join(images) or 'none'}; all: {', '.join(features)}"
+    listed += f"; --train_data_dir reads the {n_files} image files below it" if n_files else ""
+    known = not features or column in images
     require(known, f"--image_column: '{column}' is no column of images in {name}; {listed}")
     if args.streaming:
-        # as undecoded images, also where a stream does not know its columns; those left out are not even decoded
+        if builder and getattr(builder.config, "columns", 0) is None:  # parquet: the others are not even fetched
+            builder.config.columns = [column, *beside]
+            dataset = builder.as_streaming_dataset(split)
+        # as undecoded images, also where a stream does not know its columns
         wanted = {column: datasets.Image(decode=False)} | {key: features[key] for key in beside if key in features}
         return dataset.select_columns([*wanted]).cast(datasets.Features(wanted)), identity
     require(len(dataset), f"--dataset_name: {name} has no images in its {split} split")
-    n_files = sum(Path(file).suffix.lower() in IMAGE_SUFFIXES for file, _ in files)
     if len(dataset) < n_files:
         fewer = f"the {split} split of {name} holds {len(dataset)} of the {n_files} images below it"
         logger.warning(f"{flag}: {fewer}; if folders were taken for splits, --train_data_dir reads all of them")
@@ -1882,12 +2089,14 @@ def codebook_use(counts):
     }
 
 
-def load_validation_images(args):
-    """uint8 [n, 3, resolution, resolution]: short side resized, centre cropped; None without --validation_images."""
-    images = []
+def load_validation_images(args, factor):
+    """uint8 [n, 3, side, side]: short side resized to --short_side, the largest centre that the model's downsampling
+    `factor` divides; None without --validation_images.
+    """
+    images, short_side = [], args.short_side or args.resolution
     for path in args.validation_images:
         with user_error(f"--validation_images: cannot read {path}", Unreadable):
-            images.append(to_square(read_image(path, args), args.resolution))
+            images.append(to_square(read_image(path, args), short_side // factor * factor, short_side=short_side))
     return torch.stack(images) if images else None
 
 
@@ -1903,7 +2112,7 @@ def log_images(run):
     rounded = [reconstruct(generator, image.to(device), run.args)[0].cpu() for image in run.images.split(1)]
     x, x_hat = run.images, torch.cat(rounded)
     difference = (x.int() - x_hat.int()).abs().to(torch.uint8)
-    strips = torch.cat([x, x_hat, difference], dim=3)  # [n, 3, resolution, 3 * resolution]
+    strips = torch.cat([x, x_hat, difference], dim=3)  # [n, 3, side, 3 * side]
     folder = Path(run.args.output_dir) / "validation"
     with keep_going("write validation images"):
         folder.mkdir(exist_ok=True)
@@ -1980,6 +2189,7 @@ class TrainingState:
         self.lecam_anchors = torch.zeros(2, device=accelerator.device)  # moving averages of the mean logits, real, fake
         self.step = 0  # pairs of updates taken
         self.samples_seen = 0  # position in the sample stream, over all processes
+        self.stream = {}  # positions of --streaming, see ShardStream, of this process
         self.tracker_run = uuid.uuid4().hex[:8]
 
     def state_dict(self, accelerator):
@@ -1999,6 +2209,7 @@ class TrainingState:
             "lecam_anchors": self.lecam_anchors,
             "step": self.step,
             "samples_seen": self.samples_seen,
+            "stream": gather_object([self.stream]),
             "tracker_run": self.tracker_run,
         }
 
@@ -2022,6 +2233,9 @@ class TrainingState:
         self.averages.load_state_dict(state["averages"], accelerator)
         self.lecam_anchors.copy_(state["lecam_anchors"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
+        streams, rank = state.get("stream", []), accelerator.process_index
+        every = {(i, worker): position for i, own in enumerate(streams) for worker, position in own.items()}
+        self.stream = streams[rank] if len(streams) == accelerator.num_processes else every
         self.tracker_run = state["tracker_run"]
 
 
@@ -2589,7 +2803,8 @@ def public_config(run):
     values = {name: value for name, value in vars(run.args).items() if "token" not in name}
     values |= {f"derived/{name}": value for name, value in run.schedule.recorded().items() if name != "flags"}
     values["derived/seed"] = run.seed
-    lists = {k: " ".join(map(portable, v or [])) for k, v in values.items() if not isinstance(v, (int, float, str))}
+    lists = {name: value or [] for name, value in values.items() if not isinstance(value, (int, float, str))}
+    lists = {name: " ".join(str(portable(part)) for part in parts) for name, parts in lists.items()}
     return {name: portable(value) for name, value in values.items()} | lists
 
 
@@ -2766,7 +2981,8 @@ layers = accepted(lambda names: names != "head", "'{}' is no feature layer; leav
 
 
 NEEDS = {
-    "dataset_name": ["streaming", "validation_split"],
+    "dataset_name": ["streaming", "validation_split", "train_split"],
+    "streaming": ["shuffle_buffer"],
     "push_to_hub": ["hub_token", "hub_model_id"],
     "fid": ["fid_weights"],
     "eval_only": ["save_reconstructions"],
@@ -2796,6 +3012,12 @@ def check_args(args):
         raise UserError("--streaming: needs --max_train_steps; the data has no known end")
     if args.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
         raise UserError("--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
+    short_side, (low, high) = args.short_side or args.resolution, args.random_scale or (1, 1)
+    small = f"is less than --resolution, {args.resolution}, which is cropped of it"
+    require(short_side >= args.resolution, f"--short_side: {short_side} {small}")
+    require(low <= high, f"--random_scale: LOW must not be more than HIGH, got {low:g} {high:g}")
+    scaled = f"--random_scale: {low:g} times a short side of {short_side}"
+    require(round(short_side * low) >= args.resolution, f"{scaled} {small}")
     low, high = args.value_range or (0, 1)
     require(low < high, f"--value_range: LOW must be less than HIGH, got {low:g} {high:g}")
     if args.codebook_init == "keep" and not args.pretrained_model_name_or_path:
@@ -2977,9 +3199,9 @@ def train(args):
         repository = on_main(accelerator, lambda: create_repository(args)) if args.push_to_hub else None
         log_setup(run)
         with signals_noted(watch):
-            batches = training_batches(run.items, args, run.seed, state.samples_seen, accelerator, watch)
+            batches = training_batches(run.items, args, run.seed, state.samples_seen, accelerator, watch, state.stream)
             steps = run.schedule.steps - state.step
-            batches = step_batches(batches, args.gradient_accumulation_steps, steps, watch)
+            batches = step_batches(batches, args.gradient_accumulation_steps, steps, watch, state.stream)
             first = next(batches, None)
             if first is None or accelerator.num_processes > 1:  # data that cannot be read shows here
                 stop_for_failure(watch)

@@ -364,7 +364,7 @@ def parts(options):
         args = train_vqgan.parse_args(list(map(str, flags(OURS, options, folder, flags=f"{options.flags} --use_ema"))))
         accelerator = train_vqgan.start_accelerator(args)
         run = train_vqgan.Run(args, accelerator)
-        images = next(train_vqgan.training_batches(run.items, args, run.seed, 0, accelerator, run.watch))[0]
+        images = next(train_vqgan.training_batches(run.items, args, run.seed, 0, accelerator, run.watch, {}))[0]
         x = train_vqgan.to_signed(images, accelerator.device)
         repeats = 30 if CUDA else 7
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
@@ -513,7 +513,9 @@ def decoding(paths, resolution):
 
     from train_vqgan import augment, random_numbers_of_sample
 
-    args = argparse.Namespace(resolution=resolution, center_crop=False, random_flip=True, value_range=None)
+    args = argparse.Namespace(
+        resolution=resolution, center_crop=False, random_flip=True, value_range=None, short_side=None, random_scale=None
+    )
     theirs = [transforms.Resize(resolution, transforms.InterpolationMode.BILINEAR), transforms.RandomCrop(resolution)]
     theirs = transforms.Compose([*theirs, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
     vision = [v2.Resize(resolution, antialias=True), v2.RandomCrop(resolution), v2.RandomHorizontalFlip()]

@@ -115,3 +115,11 @@ def test_a_turn_is_a_number_of_steps(flags):
 def test_a_run_that_ends_says_why(flags):
     with pytest.raises(throughput.Ended, match="no such folder"):
         throughput.Training(REPOSITORY / "train_vqgan.py", [*flags, "--train_data_dir", "/nowhere"])
+
+
+def test_shards_are_shared_evenly(capsys):
+    """By five processes with three data workers each, in a pass and over seven. Red when a pass is not dealt on."""
+    import streams
+
+    assert streams.main(["--processes", "5", "--workers", "3", "--shards", "49", "--passes", "7"]) == 0
+    assert "no sample twice in a pass, and none left out | yes" in capsys.readouterr().out

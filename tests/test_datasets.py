@@ -6,16 +6,19 @@ import json
 import os
 import pickle
 import tarfile
+import tempfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import fsspec
 import numpy as np
 import pandas
 import PIL.Image
 import pytest
 import torch
-from conftest import metrics, without
+from conftest import equal, metrics, weights, without
 
 import train_vqgan
 from train_vqgan import UserError
@@ -49,8 +52,8 @@ def batches(*flags, start=0, n=7, rank=0, world=1, seed=0):
     """`n` micro-batches of one process, concatenated."""
     process = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
     watch, images = train_vqgan.Watch(), []
-    stream = train_vqgan.training_batches(items(*flags, seed=seed), parsed(*flags), seed, start, process, watch)
-    for x, faults in itertools.islice(stream, n):
+    stream = train_vqgan.training_batches(items(*flags, seed=seed), parsed(*flags), seed, start, process, watch, {})
+    for x, faults, *_ in itertools.islice(stream, n):
         watch.note_faults(faults)
         images.append(x)
     return torch.cat(images)
@@ -325,15 +328,167 @@ def test_stream_is_endless_and_shuffled(local, kind):
     assert shades(batches(*flags, n=21, seed=1)) != seen
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("start", [1, 7, 16])
-def test_stream_resumes_exactly(photos, tmp_path, workers, start):
-    """From any position, in another epoch too. Red when what was seen is not skipped, or augmented otherwise."""
-    flags = ("--dataset_name", photos, "--cache_dir", tmp_path, "--streaming", "--random_flip")
-    whole = batches(*flags, n=15)
-    assert len(torch.unique(whole, dim=0)) > 20, "the samples differ from each other"
-    resumed = batches(*flags, "--dataloader_num_workers", workers, start=start)
-    assert torch.equal(resumed, whole[start : start + 14])
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """kind -> a folder of six shards of four plain images each, red 0 to 230 in steps of 10; parquet has row groups of two."""
+    root = tmp_path_factory.mktemp("shards")
+    for kind in ("parquet", "tar"):
+        (root / kind).mkdir()
+        for i in range(6):
+            reds = [40 * i + 10 * k for k in range(4)]
+            if kind == "tar":
+                write_tar(root / kind / f"{i:06d}.tar", {f"{red}.png": png(red) for red in reds})
+            else:
+                rows = {"image": [{"bytes": png(red), "path": None} for red in reds], "label": reds}
+                features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+                data = datasets.Dataset.from_dict(rows, features=features)
+                data.to_parquet(root / kind / f"train-{i}-of-6.parquet", batch_size=2)
+    return root
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def steps(*flags, n, start=0, rank=0, world=1, positions=None):
+    """Shades of `n` steps of a stream, as one process trains on them, and its positions then."""
+    positions = {} if positions is None else positions
+    process = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
+    watch, flags = train_vqgan.Watch(), (*flags, "--streaming")
+    stream = train_vqgan.training_batches(items(*flags), parsed(*flags), 0, start, process, watch, positions)
+    images = torch.cat([x for (x,) in train_vqgan.step_batches(stream, 1, n, watch, positions)])
+    assert not watch.failure and len(images) == 2 * n
+    return shades(images), positions
+
+
+@pytest.mark.parametrize("kind, world, workers", [("parquet", 1, 0), ("tar", 2, 0), ("parquet", 3, 2), ("tar", 2, 3)])
+def test_each_image_of_a_stream_once_a_pass(shards, tmp_path, kind, world, workers):
+    """By all processes and data workers together, in an order of its own in each of two passes.
+
+    Red when readers overlap: without their number in `split_dataset_by_node`, or without the worker's turn.
+    """
+    flags = ("--dataset_name", shards / kind, "--cache_dir", tmp_path, "--dataloader_num_workers", workers)
+    parts = [steps(*flags, n=24 // world, rank=rank, world=world)[0] for rank in range(world)]
+    passes = [[red for part in parts for red in part[half * 24 // world : (half + 1) * 24 // world]] for half in (0, 1)]
+    assert all(sorted(seen) == list(range(0, 240, 10)) for seen in passes)
+    assert passes[0] != passes[1] and sorted(passes[0]) != passes[0]
+
+
+def test_fewer_shards_than_readers_are_read_by_all(shards, tmp_path, caplog):
+    """Six tars for eight readers: every image once, and the cost is said. Parquet files have row groups: twelve.
+
+    Red when each reader takes every image, or row groups are not counted.
+    """
+    flags = ("--cache_dir", tmp_path, "--dataset_name", shards / "tar")
+    parts = [steps(*flags, n=3, rank=rank, world=8)[0][:3] for rank in range(8)]
+    assert sorted(red for part in parts for red in part) == list(range(0, 240, 10))
+    assert "6 shards for 8 readers (processes x data workers): each reads them all" in caplog.text
+    caplog.clear()
+    steps(*flags[:3], shards / "parquet", n=3, rank=7, world=8)
+    assert "each reads them all" not in caplog.text
+
+
+@pytest.mark.parametrize("kind, workers, cut", [("parquet", 0, 1), ("tar", 0, 14), ("parquet", 2, 5), ("tar", 2, 13)])
+def test_stream_resumes_exactly_without_a_buffer(shards, tmp_path, kind, workers, cut):
+    """From any step, in another pass too, though batches had been fetched ahead of it.
+
+    Red when the positions are those of the last batch fetched, or the first worker begins whose turn it is not.
+    """
+    flags = ("--dataset_name", shards / kind, "--cache_dir", tmp_path, "--dataloader_num_workers", workers)
+    whole, _ = steps(*flags, "--shuffle_buffer", 0, n=20)
+    before, positions = steps(*flags, "--shuffle_buffer", 0, n=cut)
+    after, _ = steps(*flags, "--shuffle_buffer", 0, n=20 - cut, start=2 * cut, positions=positions)
+    assert before + after == whole and len(set(whole)) == 24
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_resumed_reader_skips_what_its_buffer_held(shards, tmp_path, kind):
+    """Nothing is repeated, at most the buffer is left out of the pass. Red when the position is of the image given."""
+    flags = ("--dataset_name", shards / kind, "--cache_dir", tmp_path, "--shuffle_buffer", 5)
+    before, positions = steps(*flags, n=6)
+    rest, _ = steps(*flags, n=(24 - 12 - 5) // 2, start=12, positions=positions)
+    assert len(before) == 12 and len(set(before + rest)) == 12 + len(rest)
+
+
+def test_another_number_of_workers_begins_a_new_pass(shards, tmp_path, caplog):
+    """Where none was finished, the second. Red when positions of other readers are taken for one's own."""
+    flags = ("--dataset_name", shards / "tar", "--cache_dir", tmp_path, "--dataloader_num_workers")
+    _, positions = steps(*flags, 0, n=3)
+    with caplog.at_level("INFO", "train_vqgan"):
+        after, positions = steps(*flags, 2, n=12, start=6, positions=positions)
+    assert sorted(after) == list(range(0, 240, 10)) and "a new pass" in caplog.text
+    assert {number for number, *_ in positions.values()} == {1}
+
+
+def test_buffer_is_bounded_in_bytes_and_images():
+    """Red when bytes are not counted, or not subtracted."""
+    pairs = [({"bytes": bytes(2**18), "path": None}, i) for i in range(100)]
+    for flags, held in ((("--shuffle_buffer_mb", 4), 16), (("--shuffle_buffer", 10), 11)):
+        stream = train_vqgan.ShardStream.__new__(train_vqgan.ShardStream)
+        stream.args, stream.turns = parsed(*flags, "--dataset_name", "a", "--streaming"), [0]
+        ahead = [position - n for n, (_, position) in enumerate(stream.shuffled(iter(pairs), 0))]
+        assert len(ahead) == 100 and held - 2 <= max(ahead[:80]) <= held, flags
+
+
+def test_resumed_run_of_a_stream_is_the_uninterrupted_one(no_folder, train, shards, tmp_path):
+    """Through main, to the last bit. Red when the checkpoint does not hold the positions."""
+    flags = ("--dataset_name", str(shards / "tar"), "--streaming", "--shuffle_buffer", "0", "--max_train_steps")
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    train(*flags, "4", "--checkpointing_steps", "4", "--output_dir", whole)
+    train(*flags, "2", "--checkpointing_steps", "2", "--output_dir", cut, "--discriminator_start", "0")
+    train(*flags, "4", "--checkpointing_steps", "4", "--output_dir", cut, "--resume_from_checkpoint", "latest")
+    assert equal(weights(Path(whole)), weights(Path(cut)))
+
+
+@pytest.fixture
+def remote(monkeypatch):
+    """Address of four tars in fsspec's file system in memory; the first opens fail, as many as `remote.failures` says."""
+    files, failures = fsspec.filesystem("memory"), []
+    for i in range(4):
+        with tempfile.TemporaryDirectory() as folder:
+            write_tar(f"{folder}/a.tar", {f"{red}.png": png(red) for red in range(60 * i, 60 * i + 60, 10)})
+            files.pipe(f"/data/{i}.tar", Path(folder, "a.tar").read_bytes())
+    opened = train_vqgan.xopen
+
+    def xopen(path, *mode):
+        if failures:
+            raise failures.pop()
+        return opened(path, *mode)
+
+    monkeypatch.setattr(train_vqgan, "xopen", xopen)
+    monkeypatch.setattr(train_vqgan.time, "sleep", lambda seconds: None)
+    return SimpleNamespace(name="memory://data/{0..3}.tar", failures=failures)
+
+
+def test_network_that_fails_for_a_while(remote, caplog):
+    """Every image once all the same, with a line for each failure. Red when a failure ends the stream, or restarts it."""
+    whole = steps("--dataset_name", remote.name, n=12)[0]
+    assert sorted(whole) == list(range(0, 240, 10))
+    remote.failures += [OSError("503 Service Unavailable"), FileNotFoundError("gone")]
+    assert steps("--dataset_name", remote.name, n=12)[0] == whole
+    said = [record.message for record in caplog.records if "trying again" in record.message]
+    assert len(said) == 2 and "503 Service Unavailable in memory:///data/" in said[1]
+
+
+def test_network_that_fails_for_good(remote):
+    """Red when it is tried for ever."""
+    stream = train_vqgan.ShardStream(
+        items("--dataset_name", remote.name, "--streaming"),
+        parsed("--dataset_name", remote.name, "--streaming"),
+        0,
+        0,
+        SimpleNamespace(process_index=0, num_processes=1),
+        {0: (0, None, 0)},
+    )
+    remote.failures += [OSError("503")] * 100
+    with pytest.raises(
+        UserError, match="--streaming: memory.* broke off: 503 in memory:///data/.*resume_from_checkpoint"
+    ):
+        next(iter(stream))
 
 
 def test_stream_is_augmented(tmp_path):
@@ -345,25 +500,12 @@ def test_stream_is_augmented(tmp_path):
     assert len(torch.unique(batches(*flags, n=10), dim=0)) > 10
 
 
-@pytest.mark.parametrize("start", [0, 5])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_stream_is_shared_by_processes(photos, tmp_path, world, start):
-    """Disjoint, and together what one process would see. Red when every process starts at the same sample."""
-    flags = ("--dataset_name", photos, "--cache_dir", tmp_path, "--streaming", "--train_batch_size")
-    shared = [batches(*flags, 6 // world, start=start, n=4, rank=rank, world=world) for rank in range(world)]
-    alone = batches(*flags, 6, start=start, n=4)
-    assert len(torch.unique(alone, dim=0)) > 12, "the samples differ from each other"
-    for step in range(4):
-        seen = [x.numpy().tobytes() for part in shared for x in part.unflatten(0, (4, -1))[step]]
-        assert sorted(seen) == sorted(x.numpy().tobytes() for x in alone.unflatten(0, (4, -1))[step])
-
-
-@pytest.mark.parametrize("batch_size, start", [(2, 0), (1, 0), (1, 1), (1, 2)])
-def test_unreadable_image_in_a_stream_is_skipped(tmp_path, caplog, batch_size, start):
-    """In batches of one, one of the starts is the unreadable one's place. Red when UNREADABLE is not caught there."""
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_unreadable_image_in_a_stream_is_skipped(tmp_path, caplog, batch_size):
+    """The next one takes its place: both others as often. Red when Unreadable is not caught there."""
     flags = (*rows_with(tmp_path, 10, NO_IMAGE, 30), "--streaming", "--train_batch_size", batch_size)
-    seen = shades(batches(*flags, start=start, n=9))
-    assert len(seen) == 9 * batch_size and set(seen) == {10, 30} and "two.png" in caplog.text
+    seen = shades(batches(*flags, n=8))
+    assert seen.count(10) == seen.count(30) == 4 * batch_size and "two.png" in caplog.text
 
 
 def test_stream_without_a_readable_image(tmp_path):
@@ -481,16 +623,107 @@ def test_results_of_other_runs_and_held_out_images_are_no_training_data(tmp_path
     assert [path.name for path in found] == ["1.png"] and "2 folders that hold results or held-out" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "[a]", "a::b"])
+@pytest.mark.parametrize("name", ["[a].parquet", "[a]", "a::b"])
 def test_names_that_datasets_takes_for_something_else(tmp_path, name):
-    """Red when `datasets` is asked: "doesn't contain any data files"."""
-    if name.endswith("parquet"):
-        make_dataset().to_parquet(tmp_path / name)
-    else:
-        (tmp_path / name).mkdir()
-        plain(1).save(tmp_path / name / "1.png")
+    """Red when `datasets` is asked: "doesn't contain any data files". Links do not help: it resolves them."""
+    (tmp_path / name).mkdir() if "." not in name else make_dataset().to_parquet(tmp_path / name)
     message = refused("--dataset_name", tmp_path / name)
-    assert "is a file; give the folder" in message or "rename the folder" in message
+    assert "rename it" in message and "--train_data_dir" in message
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "tar", "zip", "csv"])
+def test_single_file(tmp_path, kind, streaming):
+    """Red when a file is refused, or taken for the name of a repository on the Hub."""
+    pictures = {f"{red}.png": png(red) for red in SHADES}
+    file = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        make_dataset().to_parquet(file)
+    elif kind == "tar":
+        write_tar(file, pictures)
+    else:
+        for name, content in pictures.items():
+            (tmp_path / name).write_bytes(content)
+        if kind == "zip":
+            with zipfile.ZipFile(file, "w") as archive:
+                for name in pictures:
+                    archive.write(tmp_path / name, name)
+        else:
+            file.write_text("\n".join(["image", *(str(tmp_path / name) for name in pictures)]) + "\n")
+    flags = ("--dataset_name", file, "--cache_dir", tmp_path / "cache", *["--streaming"] * streaming)
+    assert sorted(shades(batches(*flags))[:7]) == SHADES
+
+
+def test_file_of_another_kind(tmp_path):
+    """Red when it is taken for the name of a repository on the Hub."""
+    (tmp_path / "notes.doc").touch()
+    assert "is of no kind that is read here: .tar, .parquet" in refused("--dataset_name", tmp_path / "notes.doc")
+    assert "no such file: " in refused("--dataset_name", f"{tmp_path}/{{00..03}}.tar")
+    write_tar(tmp_path / "a.tar", {"1.png": png(1)})
+    assert "files have no splits" in refused("--dataset_name", tmp_path / "a.tar", "--validation_split", "test")
+
+
+@pytest.mark.parametrize(
+    "name, files",
+    [
+        ("/d/{008..011}.tar", ["/d/008.tar", "/d/009.tar", "/d/010.tar", "/d/011.tar"]),
+        ("a.tar,b.tar", ["a.tar", "b.tar"]),
+        ("s3://b/{x,y}/{0..1}.tar", ["s3://b/x/0.tar", "s3://b/x/1.tar", "s3://b/y/0.tar", "s3://b/y/1.tar"]),
+        ("owner/name", []),
+        ("owner/name.parquet-v2", []),
+    ],
+)
+def test_listed_files(name, files):
+    """Red when leading zeros are lost, a range ends too early, or a repository is taken for a file."""
+    assert train_vqgan.listed_files(name) == files
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_in_tars_whatever_their_suffix(tmp_path, caplog, streaming):
+    """One of each sample, in folders, with other members; an archive that is cut costs its rest, and is named.
+
+    Red when one suffix is expected, the mask is taken, or the archive that is cut ends the run.
+    """
+    jpeg = io.BytesIO()
+    plain(50).save(jpeg, "JPEG")
+    write_tar(tmp_path / "0.tar", {"a/1.png": png(10), "a/1.json": b"{", "a/1.mask.png": png(0), "b/1.PNG": png(20)})
+    write_tar(tmp_path / "1.tar", {"2.jpeg": jpeg.getvalue(), "3.txt": b"no image", "._4.png": b"AppleDouble"})
+    write_tar(tmp_path / "2.tar", {"5.png": png(30), "6.png": png(40)})
+    (tmp_path / "2.tar").write_bytes((tmp_path / "2.tar").read_bytes()[:1600])
+    flags = (
+        "--dataset_name",
+        f"{tmp_path}/{{0..2}}.tar",
+        "--cache_dir",
+        tmp_path / "cache",
+        *["--streaming"] * streaming,
+    )
+    seen = shades(batches(*flags, n=12))
+    assert {*seen} == {10, 20, 30, 50} and "the end of " in caplog.text and str(tmp_path / "2.tar") in caplog.text
+    assert {*shades(batches(*flags, "--image_column", "mask.png", n=2))} == {0}
+
+
+def test_only_column_of_images_is_taken(tmp_path, local):
+    """Red when the default column has to be named."""
+    assert len(items(*without([*map(str, local["parquet"])], "--image_column"))) == 7
+
+
+def test_another_split_than_train(tmp_path, local):
+    """Red when the flag is ignored, or the message does not name it."""
+    datasets.DatasetDict(valid=make_dataset(), test=make_dataset().select([3])).save_to_disk(tmp_path / "dict")
+    assert len(items("--dataset_name", tmp_path / "dict", "--train_split", "test")) == 1
+    assert len(items(*local["parquet"], "--train_split", "test")) == 2
+    assert "--train_split chooses another" in refused("--dataset_name", tmp_path / "dict")
+
+
+def test_captions_beside_images(tmp_path):
+    """Red when the flag that reads the images is not named."""
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        plain(i).save(tmp_path / "data" / f"{i}.png")
+        for name in (f"{i}.txt", f"{i}-long.txt"):
+            (tmp_path / "data" / name).write_text("a caption")
+    message = refused("--dataset_name", tmp_path / "data", "--cache_dir", tmp_path / "cache")
+    assert message.endswith("--train_data_dir reads the 3 image files below it")
 
 
 def test_notes_beside_a_local_dataset_do_not_change_it(tmp_path):
@@ -528,9 +761,9 @@ def test_held_out_stream_that_breaks_off_costs_that_validation(no_folder, train,
     assert (run / "checkpoint-2").is_dir() and (run / "vqmodel").is_dir()
 
 
-@pytest.mark.parametrize("kind", ["parquet", "tar"])
+@pytest.mark.parametrize("kind", ["parquet", "json"])
 def test_broken_shard_of_a_stream_is_named(no_folder, flags, capsys, tmp_path, kind):
-    """A truncated parquet file, and a member of an archive that is no JSON. Red when only the data set is named."""
+    """A truncated parquet file, and a line that is no JSON. Red when only the data set is named."""
     (tmp_path / "data").mkdir()
     for i in range(2):
         shard = tmp_path / "data" / f"train-{i:05d}.{kind}"
@@ -538,13 +771,12 @@ def test_broken_shard_of_a_stream_is_named(no_folder, flags, capsys, tmp_path, k
             make_dataset().to_parquet(shard)
             shard.write_bytes(shard.read_bytes()[: None if i == 0 else 500])
         else:
-            with tarfile.open(shard, "w") as archive:
-                for name, content in (("a.png", png(1)), ("a.json", b"{}" if i == 0 else b"{")):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
-    column = "image" if kind == "parquet" else "png"
-    more = ["--dataset_name", str(tmp_path / "data"), "--cache_dir", str(tmp_path / "cache"), "--image_column", column]
+            shard.write_text('{"image": "a.png"}\n' if i == 0 else "{")
+    more = ["--dataset_name", str(tmp_path / "data"), "--cache_dir", str(tmp_path / "cache")]
     assert train_vqgan.main([*flags, *more, "--streaming"]) == 2
     said = capsys.readouterr().err
-    assert said.count("error:") == 1 and f"in {shard}; the same command" in said and "Traceback" not in said
+    assert (
+        said.count("train_vqgan.py: error:") == 1
+        and f"in {shard}; the same command" in said
+        and "Traceback" not in said
+    )

@@ -433,7 +433,7 @@ def test_failures_of_data_workers(flags, monkeypatch, failure):
 
     monkeypatch.setattr(train_vqgan, "DataLoader", Loader)
     args = train_vqgan.parse_args(flags)
-    batches = train_vqgan.training_batches([], args, 0, 0, train_vqgan.start_accelerator(args), train_vqgan.Watch())
+    batches = train_vqgan.training_batches([], args, 0, 0, train_vqgan.start_accelerator(args), train_vqgan.Watch(), {})
     assert next(batches) == "a batch"
     with pytest.raises(train_vqgan.UserError if words else RuntimeError) as caught:
         next(batches)

@@ -95,7 +95,7 @@ def test_unknown_and_abbreviated_flags(refused, flags):
 POSITIVE = ["max_train_samples", "train_batch_size", "gradient_accumulation_steps", "max_train_steps", "log_steps"]
 POSITIVE += ["checkpoints_total_limit"]
 COUNTS = ["dataloader_num_workers", "codebook_restart_steps", "lr_warmup_steps", "validation_steps", "seed"]
-COUNTS += ["checkpointing_steps"]
+COUNTS += ["checkpointing_steps", "shuffle_buffer", "shuffle_buffer_mb"]
 WEIGHTS = ["pixel_weight", "perceptual_weight", "codebook_weight", "commitment_weight", "adversarial_weight"]
 WEIGHTS += ["learning_rate", "discr_learning_rate", "adam_weight_decay", "max_grad_norm"]
 
@@ -247,7 +247,12 @@ def test_value_range_that_is_none(refused, low, high):
 def given(name, photos):
     """The flag with a value, and what else it needs."""
     values = {"validation_fraction": "0.5", "max_train_samples": "5", "train_only": "decoder"}
-    values |= {"train_data_dir": str(photos), "validation_data_dir": str(photos), "fid_weights": str(photos / "0.png")}
+    values |= {
+        "shuffle_buffer": "7",
+        "train_data_dir": str(photos),
+        "validation_data_dir": str(photos),
+        "fid_weights": str(photos / "0.png"),
+    }
     words = [f"--{name}"]
     if name not in ("streaming", "push_to_hub", "fid", "eval_only"):
         words.append(values.get(name, "owner/name"))
@@ -285,6 +290,9 @@ def test_no_part_of_the_training_images_is_held_out(parse, photos, flag):
     [
         (["--streaming", "--dataset_name", "a/b"], ["--streaming", "--max_train_steps"]),
         (["--codebook_init", "keep"], ["--codebook_init", "--pretrained_model_name_or_path"]),
+        (["--short_side", "64", "--resolution", "128"], ["--short_side", "64", "--resolution", "128"]),
+        (["--random_scale", "0.9", "1.25"], ["--random_scale", "0.9 times", "--resolution", "256"]),
+        (["--random_scale", "2", "1"], ["--random_scale", "got 2 1"]),
     ],
 )
 def test_what_cannot_work_is_refused(refused, flags, words):
@@ -383,7 +391,8 @@ def test_fixed_flags():
     parser = train_vqgan.build_parser()
     groups = {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
     told_by_its_files = {"dataset_name", "dataset_config_name", "train_data_dir"}
-    data = groups["data"] - told_by_its_files - {"cache_dir", "dataloader_num_workers", "max_bad_fraction"}
+    free = {"cache_dir", "dataloader_num_workers", "max_bad_fraction", "shuffle_buffer", "shuffle_buffer_mb"}
+    data = groups["data"] - told_by_its_files - free
     others = {"train_only", "codebook_norm", "use_8bit_adam", "seed", "validation_fraction"}
     assert set(parser.fixed_flags()) == data | others
 

@@ -1,5 +1,6 @@
 """Pixels: any image to RGB and to a square, the two ranges, what is skipped as unreadable, and validation images."""
 
+import contextlib
 import io
 import random
 import struct
@@ -305,6 +306,69 @@ def test_large_jpegs_are_decoded_small(monkeypatch, tmp_path, name, kind):
     assert 0 < error and 10 * torch.log10(255**2 / error) > 45
 
 
+@pytest.mark.parametrize("height, width, short_side", [(48, 80, 48), (80, 48, 48), (128, 200, 64), (24, 30, 48)])
+def test_crop_at_another_scale_than_the_resolution(height, width, short_side):
+    """32 pixels of an image whose short side has become 48 or 64, everywhere in it, as Pillow resizes and crops.
+
+    Red when the crop covers the whole short side, or is drawn from the room that this would leave.
+    """
+    values, got = noise(height, width), []
+    size = [side * short_side // min(height, width) for side in (width, height)]
+    resized = np.asarray(PIL.Image.fromarray(values).resize(size, PIL.Image.Resampling.BICUBIC), dtype=int)
+    for end in (0, 1):
+        corner = SimpleNamespace(randint=lambda low, high, end=end: high * end)
+        got.append(to_square(PIL.Image.fromarray(values), 32, corner, short_side=short_side).permute(1, 2, 0).int())
+    expected = resized[:32, :32], resized[-32:, -32:]
+    for crop, there in zip(got, expected):  # borders differ: only the crop is resized
+        assert abs(crop.numpy() - there)[4:-4, 4:-4].max() <= 2 and there.std() > 20
+    if short_side == min(height, width):
+        assert all((crop.numpy() == there).all() for crop, there in zip(got, expected)), "nothing is resampled"
+
+
+def test_jpegs_keep_what_another_scale_needs(monkeypatch, tmp_path):
+    """320 pixels are needed for 160, and 160 for 64. Red when the draft goes by the resolution alone."""
+    seen, square = [], train_vqgan.to_square
+    sizes = lambda image: image.size if isinstance(image, PIL.Image.Image) else tuple(image.shape[:0:-1])  # noqa: E731
+    monkeypatch.setattr(
+        train_vqgan, "to_square", lambda image, *rest: seen.append(sizes(image)) or square(image, *rest)
+    )
+    photo = str(REPOSITORY / "images" / "bird.jpg")
+    for short_side in (64, 160):
+        args = parsed("--resolution", 64, "--short_side", short_side)
+        train_vqgan.augment(photo, train_vqgan.random_numbers_of_sample(0, 0), args)
+    assert seen == [(160, 160), (320, 320)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "progressive", "exif", "turned", "grey", "CMYK", "png", "cut", "cut, ended"])
+def test_plain_jpegs_are_decoded_by_torchvision(monkeypatch, tmp_path, kind):
+    """To Pillow's pixels, on average within a grey level of 256, and with its verdict on damage.
+
+    Red when a turned image is not left to Pillow, when a damaged one ends the run, or when none is taken.
+    """
+    photo, exif, taken = tmp_path / "photo", PIL.Image.Exif(), []
+    exif[0x0112] = 6 if kind == "turned" else 1
+    with PIL.Image.open(REPOSITORY / "images" / "bird.jpg") as image:
+        image = image.convert({"grey": "L", "CMYK": "CMYK"}.get(kind, "RGB"))
+        how = {"exif": exif} if kind in ("exif", "turned") else {}
+        image.save(photo, "PNG" if kind == "png" else "JPEG", progressive=kind == "progressive", **how)
+    if kind.startswith("cut"):
+        photo.write_bytes(photo.read_bytes()[:5000] + b"\xff\xd9" * kind.endswith("ended"))
+
+    def augmented():
+        with contextlib.suppress(train_vqgan.Unreadable):
+            args = parsed("--resolution", 256)
+            return train_vqgan.augment(str(photo), train_vqgan.random_numbers_of_sample(0, 0), args).double()
+
+    decode = train_vqgan.decode_plain_jpeg
+    monkeypatch.setattr(train_vqgan, "decode_plain_jpeg", lambda image: taken.append(decode(image)) or taken[-1])
+    got = augmented()
+    monkeypatch.setattr(train_vqgan, "decode_plain_jpeg", lambda image: None)
+    expected = augmented()
+    assert any(x is not None for x in taken) == (kind in ("plain", "progressive", "exif", "cut, ended"))
+    assert (got is None) == (expected is None) == (kind == "cut")
+    assert kind == "cut" or (got - expected).abs().mean() <= 1
+
+
 def test_flip_is_the_mirror_image():
     image = PIL.Image.fromarray(noise(64, 96))
     mirrored = to_square(image, 32, flip=True)
@@ -581,15 +645,24 @@ def test_validation_images_of_any_shape_and_mode(tmp_path):
     for name, image in pictures.items():
         image.save(tmp_path / name)
     args = parsed("--validation_images", *[tmp_path / name for name in pictures])
-    images = train_vqgan.load_validation_images(args)
+    images = train_vqgan.load_validation_images(args, 4)
     assert images.shape == (6, 3, 16, 16) and images.dtype == torch.uint8
-    assert torch.equal(images, train_vqgan.load_validation_images(args))
+    assert torch.equal(images, train_vqgan.load_validation_images(args, 4))
     assert difference(images[0], values[..., :3]).max() <= 1 and difference(images[1], tall[..., :3]).max() <= 1
     assert torch.equal(images[3], images[4]), "16 bits and 8 bits of the same picture"
 
 
+def test_validation_images_are_shown_at_the_short_side(tmp_path):
+    """Their largest square that the model's downsampling divides. Red when it is the resolution, or not divisible."""
+    values = noise(50, 90)
+    PIL.Image.fromarray(values).save(tmp_path / "a.png")
+    args = parsed("--validation_images", tmp_path / "a.png", "--short_side", 50)
+    images = train_vqgan.load_validation_images(args, 4)
+    assert torch.equal(images[0].permute(1, 2, 0), torch.tensor(values[1:49, 21:69]))
+
+
 def test_no_validation_images():
-    assert train_vqgan.load_validation_images(parsed()) is None
+    assert train_vqgan.load_validation_images(parsed(), 4) is None
 
 
 def test_unreadable_validation_image(error, tmp_path, photos):

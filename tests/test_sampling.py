@@ -27,7 +27,7 @@ def batches(args, start, n, rank=0, world=1, seed=0):
     """The first `n` micro-batches of one process, concatenated."""
     items = train_vqgan.load_data(args, seed)[0]
     process = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
-    stream = train_vqgan.training_batches(items, args, seed, start, process, train_vqgan.Watch())
+    stream = train_vqgan.training_batches(items, args, seed, start, process, train_vqgan.Watch(), {})
     return torch.cat([images for images, _ in itertools.islice(stream, n)])
 
 
@@ -113,7 +113,7 @@ def test_processes_share_every_step(monkeypatch, start, world, batch_size, accum
     args, streams = parsed("--train_batch_size", batch_size), []
     for rank in range(world):
         process = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
-        streams.append(train_vqgan.training_batches([], args, 0, start, process, train_vqgan.Watch()))
+        streams.append(train_vqgan.training_batches([], args, 0, start, process, train_vqgan.Watch(), {}))
     for step in range(5):
         seen = [next(stream)[0].tolist() for stream in streams for _ in range(accumulation)]
         assert {len(batch) for batch in seen} == {batch_size}
@@ -191,6 +191,21 @@ def test_random_flip_mirrors_half(crops):
     where, rising = crops("--random_flip", "--center_crop")
     assert 70 < rising.sum() < 130  # 100 +- 4 standard deviations
     assert where.max() - where.min() < 0.01
+
+
+def test_random_scale_is_uniform_in_its_range(tmp_path):
+    """Of a ramp of 64 columns, 16 high: at scale 1 the crop's 16 columns show 16 of them, at scale 2 eight.
+
+    Red when the scale is drawn from the image's number, is the same for all, or comes outside its range.
+    """
+    image = np.zeros((16, 64, 3), np.uint8)
+    image[..., 0] = np.linspace(0, 255, 64).round()
+    PIL.Image.fromarray(image).save(tmp_path / "ramp.png")
+    flags = ("--train_data_dir", tmp_path, "--random_scale", 1, 2, "--center_crop")
+    red = batches(parsed(*flags), 0, 100)[:, 0, 8].double()
+    scale = (255 / 63) / ((red[:, 13] - red[:, 2]) / 11)
+    assert 0.97 < scale.min() < 1.1 and 1.9 < scale.max() < 2.06 and abs(scale.mean() - 1.5) < 0.1
+    assert torch.equal(batches(parsed(*flags), 0, 3)[:, 0, 8].double(), red[:6]), "drawn by sample"
 
 
 def test_flip_and_crop_are_independent(crops):

@@ -417,6 +417,9 @@ REFUSED_ON_RESUME = [
     "--streaming",
     "--max_train_samples 3",
     "--resolution 32",
+    "--train_split test",
+    "--short_side 32",
+    "--random_scale 1 1.25",
     "--center_crop",
     "--random_flip",
     "--value_range 0 4095",
@@ -487,7 +490,8 @@ def test_resume_refuses_what_changes_the_training(finished, flags, change, capsy
     else:
         shutil.copytree(photos, other / "train")
     more = [flag, *(str(other) if word == "OTHER" else word for word in value)]
-    if flag == "--streaming":  # a data set of the datasets library, first downloaded, then streamed
+    if flag in ("--streaming", "--train_split"):  # a data set of the datasets library, first downloaded, then streamed
+        shutil.copytree(photos, other / "test")
         flags = ["--dataset_name", str(other), *without(flags, "--train_data_dir")]
         shutil.rmtree(finished)
         assert train_vqgan.main(flags) == 0
@@ -836,6 +840,8 @@ CHANGES_TRAINING = [
     "--pixel_range unit",
     "--max_train_samples 1",
     "--resolution 32",
+    "--short_side 32",
+    "--random_scale 1 1.25",
 ]
 
 

@@ -1,0 +1,157 @@
+"""Streams from a server on the loopback interface that counts what it serves."""
+
+import http.server
+import io
+import tarfile
+import threading
+from collections import Counter
+from types import SimpleNamespace
+
+import datasets
+import fsspec
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import train_vqgan
+
+pytest.importorskip("aiohttp")  # of fsspec[http]
+
+SHARDS, IMAGES = 8, 24  # per shard
+
+
+def picture(number):
+    """Of noise, about 20 kB: its first two pixels tell which one it is."""
+    values = np.random.default_rng(number).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+    values[:40, :40] = number // 8 * 8 % 256, number % 8 * 32, number // 256 * 100
+    file = io.BytesIO()
+    PIL.Image.fromarray(values).save(file, "PNG")
+    return file.getvalue()
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """GET with ranges, HEAD; `served` counts bytes of files, `broken` requests to come fail with status 500."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        server, name = self.server, self.path.strip("/")
+        if body and server.broken:
+            server.broken -= 1
+            self.send_response(500)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = server.files[name]
+        first, last = 0, len(content) - 1
+        if "Range" in self.headers:
+            low, _, high = self.headers["Range"].removeprefix("bytes=").partition("-")
+            first, last = int(low), min(last, int(high or last))
+        self.send_response(206 if "Range" in self.headers else 200)
+        if "Range" in self.headers:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.end_headers()
+        if body:
+            self.wfile.write(content[first : last + 1])
+            server.served[name] += last + 1 - first
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """As these files are to those of 500 MB: fsspec fetches 5 MB at a time, more than one of them."""
+    monkeypatch.setitem(fsspec.config.conf, "http", fsspec.config.conf["http"] | {"block_size": 2**15})
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    files, folder = {}, tmp_path_factory.mktemp("shards")
+    features = datasets.Features({"image": datasets.Image(), "other": datasets.Value("binary")})
+    for i in range(SHARDS):
+        pictures = [picture(n) for n in range(i * IMAGES, (i + 1) * IMAGES)]
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as archive:
+            for n, content in enumerate(pictures):
+                member = tarfile.TarInfo(f"{n:03d}.png")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        files[f"{i}.tar"] = packed.getvalue()
+        rows = {"image": [{"bytes": content, "path": None} for content in pictures]}
+        rows["other"] = [np.random.default_rng(n).bytes(40_000) for n in range(IMAGES)]  # a column that nobody wants
+        dataset = datasets.Dataset.from_dict(rows, features=features)
+        dataset.to_parquet(folder / "a.parquet", batch_size=8)
+        files[f"{i}.parquet"] = (folder / "a.parquet").read_bytes()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.served, server.broken, server.daemon_threads = files, Counter(), 0, True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def trained_on(server, kind, steps, workers=2, rank=0, world=2, start=0, positions=None, broken=0):
+    """Numbers of the pictures of one process, and its positions after the last step."""
+    name = f"http://127.0.0.1:{server.server_address[1]}/{{0..{SHARDS - 1}}}.{kind}"
+    flags = ("--resolution", "80", "--center_crop", "--train_batch_size", "4", "--validation_fraction", "0")
+    flags += ("--dataset_name", name, "--streaming", "--max_train_steps", "9", "--shuffle_buffer", "0")
+    args = train_vqgan.parse_args([*flags, "--dataloader_num_workers", str(workers)])
+    process = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
+    watch, positions = train_vqgan.Watch(), {} if positions is None else positions
+    items, server.broken = train_vqgan.load_data(args, 0)[0], broken
+    stream = train_vqgan.training_batches(items, args, 0, start, process, watch, positions)
+    images = [x for (x,) in train_vqgan.step_batches(stream, 1, steps, watch, positions)]
+    assert not watch.failure and len(images) == steps
+    red, green, blue = torch.cat(images)[:, :, 20, 20].int().unbind(1)
+    return (red + green // 32 + blue // 100 * 256).tolist(), positions
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_bytes_of_a_pass(server, kind):
+    """Two processes x two data workers: every image once, and the images' bytes once, of parquet without other columns.
+
+    Red when each process reads everything, or `columns` is not set: 8 times the bytes.
+    """
+    wanted = sum(len(content) for name, content in server.files.items() if name.endswith("tar"))
+    wanted += (kind == "parquet") * 2 * SHARDS * 2**16  # of a file's end pyarrow reads that much each time
+    server.served.clear()
+    steps = SHARDS * IMAGES // 2 // 4
+    seen = [number for rank in (0, 1) for number in trained_on(server, kind, steps, rank=rank)[0]]
+    assert sorted(seen) == list(range(SHARDS * IMAGES))
+    # what is fetched ahead of the last batch belongs to the next pass: at most a row group, or an archive, per reader
+    ahead = 4 * max(len(server.files[f"{i}.tar"]) for i in range(SHARDS))
+    start, served = (
+        2 * len(server.files[f"0.{kind}"]),
+        sum(server.served.values()),
+    )  # each looks whether the first is there
+    assert 0.8 * wanted < served < 1.1 * wanted + ahead + start, (served, wanted, ahead, start)
+
+
+def test_resumed_late_reads_one_shard_per_reader(server):
+    """At 7/8 of a pass. Red when the position is gone to by reading all that was before."""
+    steps = SHARDS * IMAGES // 4
+    whole, _ = trained_on(server, "tar", steps, workers=0, world=1)
+    before, positions = trained_on(server, "tar", steps * 7 // 8, workers=0, world=1)
+    server.served.clear()
+    options = {"workers": 0, "world": 1, "start": len(before), "positions": positions}
+    after, _ = trained_on(server, "tar", 1, **options)
+    assert before + after == whole[: len(before) + 4]
+    assert sum(server.served.values()) < 3.1 * len(server.files["0.tar"])  # it looks whether the first is there, too
+
+
+def test_server_that_fails_for_a_while(server, monkeypatch, caplog):
+    """Two answers of status 500 in the middle. Red when they end the stream, or images come again."""
+    monkeypatch.setattr(train_vqgan.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
+    monkeypatch.setattr(datasets.config, "STREAMING_OPEN_RETRY_INTERVAL", 0)
+    seen, _ = trained_on(server, "tar", SHARDS * IMAGES // 4, workers=0, world=1, broken=2)
+    assert sorted(seen) == list(range(SHARDS * IMAGES)) and server.broken == 0
