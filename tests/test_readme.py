@@ -57,7 +57,7 @@ def test_flags_exist():
     texts = [text.replace("--no-", "--") for text in texts]
     named = {flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z0-9_]+", text)}
     known = set(train_vqgan.build_parser()._option_string_actions)
-    for script in (REPOSITORY / "scripts").glob("*.py"):
+    for script in [*(REPOSITORY / "scripts").glob("*.py"), *(REPOSITORY / "benchmarks").glob("*.py")]:
         known |= set(re.findall(r'"(--[a-z0-9_]+)"', script.read_text()))
     launchers = {"--multi_gpu", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
     assert named - known - launchers - set(train_vqgan.REMOVED_FLAGS) == set()
