@@ -471,7 +471,7 @@ def test_network_that_fails_for_a_while(remote, caplog):
     remote.failures += [OSError("503 Service Unavailable"), FileNotFoundError("gone")]
     assert steps("--dataset_name", remote.name, n=12)[0] == whole
     said = [record.message for record in caplog.records if "trying again" in record.message]
-    assert len(said) == 2 and "503 Service Unavailable in memory:///data/" in said[1]
+    assert len(said) == 2 and "503 Service Unavailable in memory://data/" in said[1]
 
 
 def test_network_that_fails_for_good(remote):
@@ -486,7 +486,7 @@ def test_network_that_fails_for_good(remote):
     )
     remote.failures += [OSError("503")] * 100
     with pytest.raises(
-        UserError, match="--streaming: memory.* broke off: 503 in memory:///data/.*resume_from_checkpoint"
+        UserError, match="--streaming: memory.* broke off: 503 in memory://data/.*resume_from_checkpoint"
     ):
         next(iter(stream))
 
