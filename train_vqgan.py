@@ -26,6 +26,7 @@ reporting, start-up checks, entry.
 import argparse
 import ctypes
 import difflib
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -2049,7 +2050,7 @@ class Evaluator:
         return scores
 
     def protocol(self, weights):
-        """What has to be the same for two numbers to be comparable; README.md says what always is."""
+        """What has to be the same for two numbers to be comparable."""
         args = self.args
         source = args.validation_data_dir or args.dataset_name or args.train_data_dir or "images/train"
         part = args.validation_split or f"{args.validation_fraction} held out with seed {self.seed}"
@@ -2058,6 +2059,10 @@ class Evaluator:
             "data": portable(source) if args.validation_data_dir else f"{portable(source)}, {part}",
             "sample": f"the first {self.n or 'to the last'}" if self.streamed else f"{self.n} drawn with seed 0",
             "resolution": args.resolution,
+            "crop": "centre, side as the short one, resized by torch (bicubic, antialiased)",
+            "rounding": "reconstructions clipped and rounded to 8 bits",
+            "ssim": "gaussian window 11, sigma 1.5, data range 1, border of 5 pixels cropped",
+            "precision": "fp32",
             "distances": {name: network.layers for name, network in self.distances.items()},
             "frechet": {name: metric.real_features_sum.numel() for name, metric in self.frechet.items()},
             "versions": versions(),
@@ -3172,7 +3177,9 @@ def user_error(what, errors, hint=""):
         raise
     except errors as error:
         hint = hint(error) if callable(hint) else hint
-        raise UserError(f"{what}: {one_line(error)}{hint}") from error
+        # safetensors says in words only that a disk is full
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        raise UserError(f"{what}: {one_line(error)}{'; make room' if full else ''}{hint}") from error
 
 
 def one_line(error):

@@ -52,7 +52,7 @@ def read_run(folder, colour):
     Flags and configs are those of the newest export, the flags as its model card has them. UserError where none is.
     """
     run = SimpleNamespace(output_dir=folder, name=folder.resolve().name, colour=colour, configs={})
-    exports = [folder, *reversed(train_vqgan.checkpoints(folder, intact=False))] if folder.is_dir() else []
+    exports = [folder, *reversed(train_vqgan.checkpoints(folder))] if folder.is_dir() else []
     newest = next((export for export in exports if (export / "vqmodel").is_dir()), None)
     require(newest, f"{folder}: no output_dir of a training run that has saved something")
     with user_error(f"{folder}: cannot be read", (OSError, ValueError)):
