@@ -12,6 +12,7 @@ from conftest import REPOSITORY, without
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
 
+import adversary  # noqa: E402
 import throughput  # noqa: E402
 
 import recipes  # noqa: E402
@@ -64,6 +65,32 @@ def test_prediction_counts_operators_bytes_and_flops():
     copy = throughput.counted(lambda: row.expand(64, 32).clone(), 1e9, 2e9)
     assert (copy.operators, copy.flops, copy.bytes) == (1, 0, 4 * (32 + 64 * 32))
     assert copy.seconds == pytest.approx(copy.bytes / 2e9)
+
+
+@pytest.mark.parametrize("variant", adversary.VARIANTS)
+def test_flags_of_the_adversary_benchmark_are_flags(variant, tmp_path):
+    """All variants differ in the adversary and the quantiser only. Red when a flag or a config is gone."""
+    options = argparse.Namespace(steps=1500, train=tmp_path, judged=tmp_path, flags="")
+    (tmp_path / "run.json").write_text(json.dumps(adversary.MODEL_8X))
+    args = train_vqgan.parse_args(adversary.flags_of(variant, 1, tmp_path / "run", options))
+    assert bool(args.adversarial_weight) == (variant in ("patch", "features"))
+    model = train_vqgan.build_generator(args)
+    assert 2 ** (len(model.config.block_out_channels) - 1) == 8
+
+
+def test_color_difference(tmp_path):
+    """In units of CIEDE2000. Red when images or reconstructions are scaled otherwise."""
+    config = adversary.MODEL_8X | {"num_vq_embeddings": 4}
+    model = adversary.VQModel.from_config(config)
+    for weight in model.decoder.conv_out.parameters():
+        weight.data.zero_()  # it reconstructs mid-grey
+    model.save_pretrained(tmp_path / "model")
+    for name, value in (("grey", 128), ("white", 255)):
+        PIL.Image.new("RGB", (80, 64), (value,) * 3).save(tmp_path / f"{name}.png")
+    grey, white = (
+        adversary.color_difference(tmp_path / "model", [tmp_path / f"{n}.png"], 64) for n in ("grey", "white")
+    )
+    assert grey < 0.5 and white == pytest.approx(33.4, abs=1), "white is 46 in lightness above it"
 
 
 def test_every_part_of_a_step_runs(flags):
