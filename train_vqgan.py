@@ -505,7 +505,7 @@ class Quantizer(VectorQuantizer):
         In training the codes pass gradients on to z, straight through or rotated; e gets none from the decoder.
         """
         batch, dim, height, width = z.shape
-        with torch.autocast(z.device.type, enabled=False):  # in bf16 many tokens would find another code
+        with without_autocast(z.device.type):  # in bf16 many tokens would find another code
             z = at_least_fp32(z).permute(0, 2, 3, 1).reshape(-1, dim)
             indices = nearest_codes(z, self.codebook())
             e = self.embedding(indices)
@@ -1016,14 +1016,19 @@ def keep_type(network):
             part.forward = partial(upsampled, part)
 
 
+def without_autocast(device):
+    """A context, for a device type; meta tensors know no autocast."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def group_norm(norm, x):
-    with torch.autocast(x.device.type, enabled=False):  # the kernels want one type for all
+    with without_autocast(x.device.type):  # the kernels want one type for all
         return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
 def upsampled(upsample, x):
     """The forward pass of diffusers' upsampling as a VQModel uses it."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
     return upsample.conv(x)
 
