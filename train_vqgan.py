@@ -448,6 +448,11 @@ def exact_fp32():
         cudnn.allow_tf32, cudnn.fp32_precision, cudnn.benchmark = before
 
 
+def without_autocast(device):
+    """A context, for a device type; meta tensors know no autocast."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 @torch.no_grad()
 @exact_fp32()
 def nearest_codes(z, codes, buffer_bytes=64 << 20):
@@ -1016,11 +1021,6 @@ def keep_type(network):
             part.forward = partial(upsampled, part)
 
 
-def without_autocast(device):
-    """A context, for a device type; meta tensors know no autocast."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
-
 def group_norm(norm, x):
     with without_autocast(x.device.type):  # the kernels want one type for all
         return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
@@ -1495,8 +1495,9 @@ class ShardStream(IterableDataset):
                 except Unreadable as error:  # the next one takes its place
                     fault = describe_fault(item, g, error)
                 faults.append(fault)
-                none = f"--dataset_name: no image of {self.args.dataset_name} can be read; the last one: {fault}"
-                require(images or len(faults) < JUDGED_AFTER, none)
+                if not images and len(faults) >= JUDGED_AFTER:
+                    none = f"no image of {self.args.dataset_name} can be read; the last one: {fault}"
+                    raise UserError(f"--dataset_name: {none}")
             yield torch.stack(images), faults, (worker, position)
 
     def passes(self, reader, position):

@@ -22,7 +22,6 @@ vector-quantize-pytorch (1.32 was used) put that package's quantiser in the plac
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from diffusers import VQModel
 from skimage.color import deltaE_ciede2000, rgb2lab
 from throughput import place
 
-from recipes import FRECHET, MODEL, PERCEPTUAL, versions
+from recipes import FRECHET, MODEL, PERCEPTUAL, execute, script, versions
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
@@ -110,28 +109,18 @@ def train(variant, seed, options):
         folder.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{folder}.json").write_text(json.dumps(MODEL_8X))
         other = OTHER_QUANTIZER.get(variant)
-        script = ["train_vqgan.py"] if other is None else [__file__, "quantizer", json.dumps(other)]
-        execute([*script, *flags_of(variant, seed, folder, options)], options)
+        program = ["train_vqgan.py"] if other is None else [__file__, "quantizer", json.dumps(other)]
+        execute([sys.executable, *program, *flags_of(variant, seed, folder, options)], options.threads)
     return folder
-
-
-def execute(words, options):
-    """Standard output of a script; ends the benchmark with its last words when it fails."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options.threads)}
-    environment |= {"OMP_WAIT_POLICY": "PASSIVE"}  # where two runs share the machine
-    done = subprocess.run([sys.executable, *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)}\n{done.stderr[-3000:]}")
-    return done.stdout
 
 
 def judge(folder, options):
     """Metrics of a run's model over all judged squares, by names without their protocol, and its colours."""
     found = {}
-    for judge in (FRECHET, SECOND_FRECHET):
+    for frechet in (FRECHET, SECOND_FRECHET):
         flags = f"--eval_only --pretrained_model_name_or_path {folder} --validation_data_dir {options.judged} "
-        flags += f"--resolution 64 --train_batch_size 32 --lpips_weights none {PERCEPTUAL} {judge}"
-        out = json.loads(execute(["train_vqgan.py", *flags.split()], options).splitlines()[-1])
+        flags += f"--resolution 64 --train_batch_size 32 --lpips_weights none {PERCEPTUAL} {frechet}"
+        out = json.loads(script(flags, options.threads).splitlines()[-1])
         found |= {k.removeprefix("val/").rsplit("_n", 1)[0]: v for k, v in out.items() if k.startswith("val/")}
         found["images"] = int(next(k for k in out if "psnr" in k).rsplit("_n", 1)[1])
     squares = sorted(Path(options.judged).rglob("*.png"))
@@ -152,9 +141,8 @@ def reconstructed(model, files, side):
 
 def color_difference(model, files, side):
     """Mean CIEDE2000 (Sharma et al. 2005) over pixels, then over images; 1 is about what an eye can tell."""
-    return float(
-        np.mean([deltaE_ciede2000(rgb2lab(a), rgb2lab(b)).mean() for a, b in zip(*reconstructed(model, files, side))])
-    )
+    pairs = zip(*reconstructed(model, files, side))
+    return float(np.mean([deltaE_ciede2000(rgb2lab(x), rgb2lab(x_hat)).mean() for x, x_hat in pairs]))
 
 
 def run(options):
