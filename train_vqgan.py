@@ -1787,6 +1787,43 @@ def read_tars(tars, column, version=None):
             yield {column: {"bytes": b"", "path": f"the end of {tar} ({error})"}}
 
 
+def open_saved(flag, split, args):
+    """(data set that save_to_disk wrote, None)"""
+    dataset = datasets.load_from_disk(args.dataset_name)
+    dataset = dataset if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
+    other = "" if args.train_split else " (--train_split chooses another)"
+    require(split in dataset, f"{flag}: {args.dataset_name} has no {split} split{other}; it has: {', '.join(dataset)}")
+    dataset = dataset[split]
+    if args.streaming:
+        dataset = dataset.to_iterable_dataset(max(1, min(len(dataset), 1024)))
+    return dataset, None
+
+
+def open_unsaved(name, split, parts, args):
+    """(data set, its builder) of a directory, of the Hub, or of the files `parts`."""
+    source = {"path": name, "name": args.dataset_config_name}
+    if parts:
+        first = parts[:1] if args.streaming else parts  # which are looked for, one by one
+        source = {"path": READERS[Path(parts[0]).suffix.lower()], "data_files": {split: first}}
+    builder = datasets.load_dataset_builder(**source, cache_dir=args.cache_dir)
+    if parts:
+        builder.config.data_files = {split: parts}
+    found = builder.config.data_files or {}
+    if builder.name == "webdataset" and split in found:
+        kind, options = datasets.IterableDataset, {"gen_kwargs": {"tars": [*found[split]], "column": args.image_column}}
+        if not args.streaming:
+            kind, options["cache_dir"] = datasets.Dataset, args.cache_dir
+            options["gen_kwargs"]["version"] = builder.config_id
+        options["features"] = datasets.Features({args.image_column: datasets.Image(decode=False)})
+        dataset = kind.from_generator(read_tars, **options)
+    elif args.streaming:
+        dataset = builder.as_streaming_dataset(split)
+    else:
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split)
+    return dataset, builder
+
+
 def load_split(flag, split, args, beside=()):
     """(images, undecoded, identity) of one split of --dataset_name: saved, of a local directory, files, or on the Hub.
 
@@ -1824,35 +1861,7 @@ def load_split(flag, split, args, beside=()):
     files = [(file, size) for file, size in files if Path(file).suffix not in (".md", ".db")]  # notes are no data
     files += [(os.path.basename(part), os.path.getsize(part) if os.path.exists(part) else 0) for part in parts]
     with user_error(f"{flag}: cannot read the {split} split of {name}", Exception, hint):  # formats have their own
-        if saved:
-            dataset = datasets.load_from_disk(name)
-            dataset = dataset if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
-            other = "" if args.train_split else " (--train_split chooses another)"
-            require(split in dataset, f"{flag}: {name} has no {split} split{other}; it has: {', '.join(dataset)}")
-            dataset, builder = dataset[split], None
-            if args.streaming:
-                dataset = dataset.to_iterable_dataset(max(1, min(len(dataset), 1024)))
-        else:
-            source = {"path": name, "name": args.dataset_config_name}
-            if parts:
-                first = parts[:1] if args.streaming else parts  # which are looked for, one by one
-                source = {"path": READERS[Path(parts[0]).suffix.lower()], "data_files": {split: first}}
-            builder = datasets.load_dataset_builder(**source, cache_dir=args.cache_dir)
-            if parts:
-                builder.config.data_files = {split: parts}
-            found = builder.config.data_files or {}
-            if builder.name == "webdataset" and split in found:
-                kind, options = datasets.IterableDataset, {"gen_kwargs": {"tars": [*found[split]], "column": column}}
-                if not args.streaming:
-                    kind, options["cache_dir"] = datasets.Dataset, args.cache_dir
-                    options["gen_kwargs"]["version"] = builder.config_id
-                options["features"] = datasets.Features({column: datasets.Image(decode=False)})
-                dataset = kind.from_generator(read_tars, **options)
-            elif args.streaming:
-                dataset = builder.as_streaming_dataset(split)
-            else:
-                builder.download_and_prepare()
-                dataset = builder.as_dataset(split)
+        dataset, builder = open_saved(flag, split, args) if saved else open_unsaved(name, split, parts, args)
     identity = identity_of_files(files) if files else f"{name} {sorted(dataset.info.download_checksums or {})}"
     features = dataset.features or {}
     declared = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
