@@ -2,7 +2,7 @@
 """Time training steps: beside diffusers' example, part by part, and as sizes grow. Writes the tables of README.md here.
 
     python benchmarks/throughput.py beside memory profile --upstream path/to/examples/vqgan
-    python benchmarks/throughput.py parts growth processes data start
+    python benchmarks/throughput.py parts discriminators growth processes data start
     python benchmarks/throughput.py all --upstream path/to/examples/vqgan --mixed_precision bf16
 
 Each part is a table between two marks in README.md. With a GPU the model is configs/model/taming_16x.json at 256 px,
@@ -243,6 +243,28 @@ def beside(options):
             rows.append([f"`{name}`", backbone, f"{speed:.2f}", f"{ratio:.2f}", f"{memory[name] / 2**30:.2f}"])
     note = f"{sizes(options)}, {options.turns} turns of {options.steps} steps."
     put("beside", ["script", "backbone", "images/s", "times diffusers'", "peak memory, GiB"], rows, note)
+
+
+def discriminators(options):
+    """A step with each discriminator, in turns with a step without one, and peak memory; efficientnet-lite0 is given."""
+    backbone, rows = "tf_efficientnet_lite0", []
+    kinds = {"none": "--adversarial_weight 0"}
+    for name in ("patchgan_tiny", "patchgan_3", "features_efficientnet_lite0"):
+        kinds[name] = f"--discriminator_config_name_or_path configs/discriminator/{name}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {}
+        for name, more in kinds.items():
+            (Path(folder) / name).mkdir()
+            words = flags(OURS, options, Path(folder) / name, backbone=backbone, flags=f"{more} {options.flags}")
+            runs[name] = REPOSITORY / "train_vqgan.py", words
+        seconds, memory = take_turns(runs, options.turns, options.steps)
+    seconds["none"] = [took / 2 for took in seconds["none"]]  # turns count two backward passes as a step; this has one
+    for name, taken in seconds.items():
+        share = statistics.median(1 - without / took for took, without in zip(taken, seconds["none"]))
+        speed = options.train_batch_size / statistics.median(taken)
+        rows.append([f"`{name}`", f"{speed:.2f}", f"{share:.0%}", f"{memory[name] / 2**30:.2f}"])
+    note = f"{sizes(options)}, perceptual loss on {backbone}, {options.turns} turns of {options.steps} steps."
+    put("discriminators", ["discriminator", "images/s", "its share of a step", "peak memory, GiB"], rows, note)
 
 
 def memory(options):
@@ -554,7 +576,8 @@ def start(options):
     put("start", ["", "seconds", "times the imports"], rows)
 
 
-PARTS = {part.__name__: part for part in (beside, memory, largest, parts, profile, growth, processes, data, start)}
+KINDS = (beside, memory, largest, parts, profile, discriminators, growth, processes, data, start)
+PARTS = {part.__name__: part for part in KINDS}
 
 
 def main():
@@ -565,8 +588,8 @@ def main():
     parser.add_argument("--resolution", type=int, default=256 if CUDA else 64)
     parser.add_argument("--train_batch_size", type=int, default=8)
     parser.add_argument("--mixed_precision", default="bf16" if CUDA else "no")
-    parser.add_argument("--turns", type=int, default=9 if CUDA else 7, help="beside: of each script")
-    parser.add_argument("--steps", type=int, default=20 if CUDA else 2, help="beside: of each turn")
+    parser.add_argument("--turns", type=int, default=9 if CUDA else 7, help="beside, discriminators: of each")
+    parser.add_argument("--steps", type=int, default=20 if CUDA else 2, help="beside, discriminators: of each turn")
     parser.add_argument("--flags", default="", help="parts, profile: more flags, --torch_compile for one")
     options = parser.parse_args()
     if {"beside", "memory", "largest", "profile", "all"} & set(options.parts):

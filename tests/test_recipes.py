@@ -1,9 +1,14 @@
 """The recipes: each parses as it stands, trains a step, and says where its numbers come from; and how they are read."""
 
+import hashlib
+import itertools
 import json
 import re
 
 import datasets
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import pytest
 from conftest import REPOSITORY, TINY_DISCRIMINATOR, TINY_MODEL
 
@@ -56,6 +61,40 @@ def test_recipe_takes_a_step(recipe, tmp_path, photos):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_cites_its_source(recipe):
     assert recipe.stem == "demo" or "https://" in recipe.read_text()
+
+
+# ---- The photographs in images/ ------------------------------------------------------------------------------------
+
+
+def thumbnail(image):
+    """16 x 16 pixels less their mean, of length 1: the product of two is their correlation."""
+    pixels = np.asarray(image.convert("RGB").resize((16, 16), PIL.Image.Resampling.BOX), dtype=float).ravel()
+    pixels -= pixels.mean()
+    return pixels / np.linalg.norm(pixels)
+
+
+def parts_of(image):
+    """The image, its mirror image, and squares of 0.6 and 0.8 of its side from all over either."""
+    for whole, share in itertools.product((image, PIL.ImageOps.mirror(image)), (0.6, 0.8, 1)):
+        side = round(image.width * share)
+        for left, top in itertools.product(range(0, image.width - side + 1, 32), repeat=2):
+            yield whole.crop((left, top, left + side, top + side))
+
+
+def test_no_picture_shown_is_trained_on():
+    """Nor a part or near copy of one: unrelated photographs correlate by up to 0.8 here, a crop made smaller by 0.95.
+    Red when a crop of images/dog.jpg is put into images/train."""
+    trained_on = sorted((REPOSITORY / "images" / "train").iterdir())
+    hashes = {hashlib.sha256(path.read_bytes()).digest() for path in trained_on}
+    thumbnails = np.stack([thumbnail(PIL.Image.open(path)) for path in trained_on])
+    shown = sorted((REPOSITORY / "images").glob("*.jpg"))
+    assert len(shown) == 4 and len(trained_on) > 300
+    for path in shown:
+        image = PIL.Image.open(path)
+        near_copy = image.crop((10, 10, 310, 310)).resize((128, 128))
+        assert thumbnail(near_copy) @ thumbnail(image) > 0.9
+        assert hashlib.sha256(path.read_bytes()).digest() not in hashes
+        assert max((thumbnails @ thumbnail(part)).max() for part in parts_of(image)) < 0.85, path
 
 
 # ---- Files of flags ------------------------------------------------------------------------------------------------
