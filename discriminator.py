@@ -61,6 +61,7 @@ class Discriminator(ModelMixin, ConfigMixin):
         norm_num_groups: groups of each GroupNorm.
         blur_pool: halve by 3 x 3 convolutions and blur-pooling instead of 4 x 4 convolutions of stride 2, as the
             discriminator of VQGAN+ (Weber et al. 2024, https://arxiv.org/abs/2409.16211).
+        adversarial_weight: of the adversarial loss that this discriminator is used with unless a weight is asked for.
 
     Raises ValueError for sizes that are not whole numbers, and when the channels do not divide into the groups.
     """
@@ -73,6 +74,7 @@ class Discriminator(ModelMixin, ConfigMixin):
         depth: int = 3,
         norm_num_groups: int = 32,
         blur_pool: bool = False,
+        adversarial_weight: float = 0.1,
     ):
         super().__init__()
         for size in (in_channels, hidden_channels, depth, norm_num_groups):
@@ -140,6 +142,7 @@ class FeatureDiscriminator(ModelMixin, ConfigMixin):
         hidden_channels: channels inside each head.
         norm_num_groups: groups of each GroupNorm.
         augmentation: any of "translation", "color" and "cutout", separated by commas; "" for none.
+        adversarial_weight: of the adversarial loss that this discriminator is used with unless a weight is asked for.
 
     Raises ValueError for a backbone, weights, layers or an augmentation that are not there.
     """
@@ -154,6 +157,7 @@ class FeatureDiscriminator(ModelMixin, ConfigMixin):
         hidden_channels: int = 64,
         norm_num_groups: int = 8,
         augmentation: str = "translation,color",
+        adversarial_weight: float = 0.1,
     ):
         super().__init__()
         if hidden_channels % norm_num_groups:

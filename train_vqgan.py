@@ -170,7 +170,7 @@ def build_parser():
     add("--perceptual_weight", type=weight, default=1.0, help="weight of the perceptual loss; 0 loads no backbone")
     add("--codebook_weight", type=weight, default=1.0, help="weight of |sg[z] - e|^2")
     add("--commitment_weight", type=weight, default=0.25, help="weight of |z - sg[e]|^2")
-    add("--adversarial_weight", type=weight, default=0.1, help="weight of the adversarial loss, constant after its ramp; 0 trains no discriminator")
+    add("--adversarial_weight", type=weight, help="weight of the adversarial loss, constant after its ramp; 0 trains no discriminator (default: adversarial_weight of the discriminator's config, 0.1 for patches)")
     add("--adversarial_loss", choices=list(ADVERSARIAL), default="hinge", help="loss of both players on the discriminator's logits")
     add("--adaptive_weight", action="store_true", help="multiply the adversarial weight by the ratio of gradients of Esser et al., at most 100")
     add("--lecam_weight", type=weight, default=0.0, help="weight of LeCAM, which holds the discriminator's logits together when images are few")
@@ -757,9 +757,11 @@ def discriminator_step(run, pairs):
 class Schedule:
     """What happens when, in steps: the length of the run, learning rates, and the adversary's start and ramp."""
 
-    def __init__(self, args, images_per_step, n_images, progress=None):
-        """progress: of the resumed checkpoint. A start that was a fraction of that run stays where it was."""
+    def __init__(self, args, images_per_step, n_images, progress=None, recommended_weight=0.1):
+        """progress: of the resumed checkpoint. A start that was a fraction of that run stays where it was.
+        recommended_weight: of the adversary, used without --adversarial_weight."""
         progress = progress or {}
+        self.adversarial_weight = recommended_weight if args.adversarial_weight is None else args.adversarial_weight
         earlier, taken = progress.get("schedule"), progress.get("step", 0)
         if args.max_train_steps:
             self.steps = args.max_train_steps
@@ -778,11 +780,10 @@ class Schedule:
             unchanged = earlier and not isinstance(self.flags[name], int) and earlier["flags"][name] == self.flags[name]
             setattr(self, name, earlier[name] if unchanged else step)
         beyond = f"step {self.discriminator_start} is beyond the end of the run, at step {self.steps}"
-        on = args.adversarial_weight and args.discriminator_start is not None and self.steps > taken
+        on = self.adversarial_weight and args.discriminator_start is not None and self.steps > taken
         require(not on or self.discriminator_start < self.steps, f"--discriminator_start: {beyond}")
         scale = images_per_step if args.scale_lr else 1
         self.learning_rate, self.discr_learning_rate = args.learning_rate * scale, args.discr_learning_rate * scale
-        self.adversarial_weight = args.adversarial_weight
         own_steps = max(1, self.steps - self.discriminator_start)  # its schedule begins when it does
         self.factor = self.learning_rate_factor(args.lr_scheduler, args.lr_warmup_steps, self.steps)
         self.discr_factor = self.learning_rate_factor(args.discr_lr_scheduler, args.lr_warmup_steps, own_steps)
@@ -809,7 +810,8 @@ class Schedule:
 
     def recorded(self):
         """What came of the flags, for checkpoints, trackers and the model card."""
-        names = ("steps", "discriminator_start", "discriminator_warmup", "learning_rate", "discr_learning_rate")
+        names = ("steps", "adversarial_weight", "discriminator_start", "discriminator_warmup")
+        names += ("learning_rate", "discr_learning_rate")
         return {name: getattr(self, name) for name in names} | {"flags": self.flags}
 
 
@@ -885,7 +887,8 @@ class Run:
             self.evaluator = held_out and Evaluator(accelerator, held_out, perceptual, args, self.seed)
         require(self.evaluator or not args.save_best, "--save_best: no image to hold out; see --validation_data_dir")
         n_images = None if args.streaming else len(self.items)
-        self.schedule = Schedule(args, self.images_per_step, n_images, progress)
+        recommended = discriminator.config.adversarial_weight
+        self.schedule = Schedule(args, self.images_per_step, n_images, progress, recommended)
         if args.torch_compile:
             compile_networks(generator, discriminator, perceptual, args, accelerator.device)
         self.state = TrainingState(generator, discriminator, self.schedule, args, accelerator)
@@ -1084,7 +1087,10 @@ def build_discriminator(args):
         with user_error(flag, ValueError):
             discriminator = kinds[config.get("_class_name", "Discriminator")].from_config(config)
     require(getattr(discriminator.config, "in_channels", 3) == 3, f"{flag}: in_channels must be 3, for RGB images")
-    least = discriminator.min_resolution if args.adversarial_weight else 0
+    recommended = discriminator.config.adversarial_weight
+    sound = isinstance(recommended, (int, float)) and 0 <= recommended < math.inf
+    require(sound, f"{flag}: adversarial_weight must be a number of at least 0")
+    least = 0 if args.adversarial_weight == 0 else discriminator.min_resolution
     require(args.resolution >= least, f"--resolution: {args.resolution} is too small for {flag}, which needs {least}")
     keep_type(discriminator)
     return discriminator.train()
@@ -2881,9 +2887,10 @@ def log_setup(run):
     if schedule.steps < 10 * args.lr_warmup_steps and "constant" != args.lr_scheduler:
         warm_up = f"{args.lr_warmup_steps} steps of warm-up are more than a tenth of the {schedule.steps} steps"
         logger.warning(f"--lr_warmup_steps: {warm_up}; the learning rate is low for much of the run")
-    if args.adversarial_weight:
+    if schedule.adversarial_weight:
         full = schedule.discriminator_start + schedule.discriminator_warmup
-        logger.info(f"Discriminator from step {schedule.discriminator_start}, at full weight from step {full}")
+        weight = f"at full weight, {schedule.adversarial_weight:g}, from step {full}"
+        logger.info(f"Discriminator from step {schedule.discriminator_start}, {weight}")
 
 
 # ---- Start-up checks -----------------------------------------------------------------------------------------------

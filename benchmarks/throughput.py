@@ -419,7 +419,7 @@ def a_step(run, x):
     """Both players' updates on the images x; what the discriminator saw."""
     from train_vqgan import discriminator_step, generator_step
 
-    pairs = generator_step(run, [x], run.args.adversarial_weight)
+    pairs = generator_step(run, [x], run.schedule.adversarial_weight)
     discriminator_step(run, pairs)
     run.state.step += 1
     return pairs

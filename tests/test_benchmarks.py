@@ -73,7 +73,7 @@ def test_flags_of_the_adversary_benchmark_are_flags(variant, tmp_path):
     options = argparse.Namespace(steps=1500, train=tmp_path, judged=tmp_path, flags="")
     (tmp_path / "run.json").write_text(json.dumps(adversary.MODEL_8X))
     args = train_vqgan.parse_args(adversary.flags_of(variant, 1, tmp_path / "run", options))
-    assert bool(args.adversarial_weight) == (variant in ("patch", "features"))
+    assert (args.adversarial_weight != 0) == (variant in ("patch", "features"))
     model = train_vqgan.build_generator(args)
     assert 2 ** (len(model.config.block_out_channels) - 1) == 8
 

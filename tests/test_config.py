@@ -323,6 +323,7 @@ PROPERTIES = {
     "vqgan_plus_16x": {"num_vq_embeddings": 1024, "mid_block_add_attention": False, "norm_type": "group"},
     "llamagen_16x": {"num_vq_embeddings": 16384, "vq_embed_dim": 8, "norm_type": "group"},
     "tiny_4x": {"down_block_types": [PLAIN_DOWN] * 3, "up_block_types": [PLAIN_UP] * 3},
+    "photos_4x": {"num_vq_embeddings": 4096, "mid_block_add_attention": False, "norm_type": "spatial"},
 }
 DIMENSION = {"movq_8x": 4, "default_4x": 4, "taming_16x": 256, "vqgan_plus_16x": 256}  # others: 8
 

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, equal, exported, weights
+from conftest import REPOSITORY, equal, exported, metrics, weights
 
 import train_vqgan
 from discriminator import AUGMENTATIONS, FeatureDiscriminator, uniform
@@ -250,3 +251,23 @@ def test_default_discriminator_is_still_the_patch_one(flags):
     """A config without _class_name, as before. Red when the classes are in another order."""
     config = train_vqgan.read_config("x", flags[3], *train_vqgan.DISCRIMINATORS)
     assert config["_class_name"] == "Discriminator" and config["depth"] == 1
+
+
+@pytest.mark.parametrize("asked, used", [((), 0.03), (("--adversarial_weight", "0.2"), 0.2)])
+def test_config_recommends_the_weight_of_the_adversary(train, flags, tmp_path, asked, used):
+    """Unless the flag is given. Red when Run leaves the config's weight out, or the flag does not win."""
+    config = json.loads(Path(flags[3]).read_text()) | {"adversarial_weight": 0.03}
+    (tmp_path / "light.json").write_text(json.dumps(config))
+    more = ["--discriminator_config_name_or_path", str(tmp_path / "light.json"), "--discriminator_warmup", "0"]
+    run = train(*more, *asked, "--max_train_steps", "2", "--discriminator_start", "0", "--log_steps", "1")
+    assert {line["opt/adversarial_weight"] for line in metrics(run) if "opt/lr" in line} == {used}
+    assert json.loads((run / "discriminator" / "config.json").read_text())["adversarial_weight"] == 0.03
+
+
+@pytest.mark.parametrize("weight", [-1, "much", None])
+def test_weight_in_a_config_that_is_none(flags, weight):
+    """Red when the config's weight is not looked at."""
+    config = json.loads(Path(flags[3]).read_text()) | {"adversarial_weight": weight}
+    Path(flags[3]).write_text(json.dumps(config))
+    with pytest.raises(train_vqgan.UserError, match="adversarial_weight must be a number"):
+        train_vqgan.build_discriminator(train_vqgan.parse_args(flags))

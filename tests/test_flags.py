@@ -405,7 +405,7 @@ DESIGN = {  # from published runs
     "perceptual_weight": 1.0,
     "codebook_weight": 1.0,
     "commitment_weight": 0.25,
-    "adversarial_weight": 0.1,
+    "adversarial_weight": None,  # of the discriminator's config, 0.1 unless that says otherwise
     "discriminator_start": None,  # 10 %, at most 20,000
     "discriminator_warmup": None,  # 2 %, at least as long as its learning rate warms up
     "timm_model_backend": "vgg19",

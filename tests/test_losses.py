@@ -152,9 +152,10 @@ def test_generator_loss_is_the_weighted_sum_of_its_terms(objectives, kind):
 def test_default_weights_are_the_documented_ones(flags):
     """1, 1, 1, 0.25 and 0.1, l2. Red when a default of a flag changes, or build_quantizer takes another weight."""
     args = tv.parse_args(flags)
+    lam = tv.build_discriminator(args).config.adversarial_weight
     x, x_hat, _ = example()
     codes = tv.build_generator(args)(torch.rand(2, 3, 16, 16), return_dict=False)[1]
-    terms = tv.generator_loss(x, x_hat, codes, stand_in_perceptual, by_channel, args, args.adversarial_weight)
+    terms = tv.generator_loss(x, x_hat, codes, stand_in_perceptual, by_channel, args, lam)
     weights = {name: term.weight for name, term in terms.items()}
     assert weights == {"pixel": 1, "perceptual": 1, "codebook": 1, "commitment": 0.25, "adversarial": 0.1}
     assert terms["pixel"].value.item() == pytest.approx(numpy_terms("l2", x, x_hat)["pixel"], rel=1e-5)

@@ -19,7 +19,7 @@ RECIPES = sorted((REPOSITORY / "recipes").glob("*.args"))
 
 def test_there_are_recipes():
     names = {path.stem for path in RECIPES}
-    assert names >= {"demo", "taming", "llamagen", "vqgan_plus", "cifar10", "small_data"}
+    assert names >= {"demo", "photos", "best", "taming", "llamagen", "vqgan_plus", "cifar10", "small_data"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -60,7 +60,7 @@ def test_recipe_takes_a_step(recipe, tmp_path, photos):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_cites_its_source(recipe):
-    assert recipe.stem == "demo" or "https://" in recipe.read_text()
+    assert recipe.stem in ("demo", "photos") or "https://" in recipe.read_text()
 
 
 # ---- The photographs in images/ ------------------------------------------------------------------------------------
