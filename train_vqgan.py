@@ -1568,7 +1568,7 @@ def size_in_memory(item):
 
 
 def shard_being_read(error):
-    """ " in FILE", where a reader of `datasets` failed: its errors do not name the shard. Empty where none is known."""
+    """ " in FILE" of the shard where a reader of `datasets` failed, or nothing: only the reader's local variables know."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if "packaged_modules" in frame.f_code.co_filename or frame.f_code is read_tars.__code__:
             shard = frame.f_locals.get("tar") or frame.f_locals.get("file")
