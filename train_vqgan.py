@@ -2508,8 +2508,8 @@ def export(run, folder):
     that multiplies by it sees unit variance; with --train_only the latents are as before.
     """
     generator, args = run.state.generator, run.args
-    factor = float(f"{1 / run.state.codes.latent_deviation():.6g}")
-    factor = generator.config.scaling_factor if args.train_only else factor
+    deviation = run.state.codes.latent_deviation()
+    factor = generator.config.scaling_factor if args.train_only else float(f"{1 / deviation:.6g}")
     with as_exported(run.state):
         model = plain_vqmodel(generator, scaling_factor=factor)
     model.save_pretrained(folder / "vqmodel")
@@ -2793,8 +2793,8 @@ def log_training(run, clock, bar):
     if accelerator.device.type == "cuda":
         metrics["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     write_metrics(run, metrics)
-    shown = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "disc", "codebook/used": "codes"}
-    shown = ", ".join(f"{name} {metrics[key]:.3g}" for key, name in shown.items() if key in metrics)
+    names = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "disc", "codebook/used": "codes"}
+    shown = ", ".join(f"{name} {metrics[key]:.3g}" for key, name in names.items() if key in metrics)
     bar.set_postfix_str(shown)
     if bar.disable:
         speed = metrics["speed/images_per_sec"]
@@ -3140,7 +3140,7 @@ def start_accelerator(args):
         torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = args.allow_tf32
         torch.backends.cudnn.fp32_precision = "tf32" if args.allow_tf32 else "ieee"  # a process may have set others
-        if accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             logger.warning("--mixed_precision bf16: this GPU only emulates it, slowly; use fp16")
         if args.gradient_accumulation_steps > 1:
             whole = f"--train_batch_size {args.train_batch_size * args.gradient_accumulation_steps}"
