@@ -31,6 +31,19 @@ TIMM_ERRORS = (RuntimeError, AttributeError, AssertionError, TypeError, ValueErr
 TIMM_ERRORS += (pickle.UnpicklingError, zipfile.BadZipFile, safetensors.SafetensorError)
 
 
+def require_sizes(**sizes):
+    """ValueError for one that is no whole number of at least 1: configs are written by hand."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {size!r}")
+
+
+def require_text(**texts):
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must be one text, not {text!r}")
+
+
 # ---- Patch discriminator ---------------------------------------------------------------------------------------------
 
 
@@ -77,12 +90,8 @@ class Discriminator(ModelMixin, ConfigMixin):
         adversarial_weight: float = 0.1,
     ):
         super().__init__()
-        for size in (in_channels, hidden_channels, depth, norm_num_groups):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(
-                    "in_channels, hidden_channels, depth and norm_num_groups must be whole numbers of at least 1, "
-                    f"not {in_channels!r}, {hidden_channels!r}, {depth!r} and {norm_num_groups!r}"
-                )
+        require_sizes(in_channels=in_channels, hidden_channels=hidden_channels, depth=depth)
+        require_sizes(norm_num_groups=norm_num_groups)
         narrowest = hidden_channels * (1 if blur_pool else 2)
         if narrowest % norm_num_groups:
             raise ValueError(f"{narrowest} channels are not divisible by norm_num_groups {norm_num_groups}")
@@ -114,10 +123,10 @@ class Discriminator(ModelMixin, ConfigMixin):
         """Smallest image side in pixels: two convolutions of stride 1 take one pixel each, or norms need 2 x 2."""
         return 2**self.config.depth * (2 if self.config.blur_pool else 3)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, samples: torch.Tensor | None = None) -> torch.Tensor:
         """Images [batch, in_channels, height, width] in [-1, 1] -> logits [batch, 1, h, w], positive ones say real.
 
-        h = height / 2^depth with blur_pool, else height / 2^depth - 2.
+        h = height / 2^depth with blur_pool, else height / 2^depth - 2. samples: of no use, as nothing is augmented.
         """
         return self.layers(x)
 
@@ -160,6 +169,9 @@ class FeatureDiscriminator(ModelMixin, ConfigMixin):
         adversarial_weight: float = 0.1,
     ):
         super().__init__()
+        require_sizes(hidden_channels=hidden_channels, norm_num_groups=norm_num_groups, input_size=input_size or 1)
+        require_text(backbone=backbone, backbone_weights=backbone_weights, augmentation=augmentation)
+        require_text(layers="" if layers is None else layers)
         if hidden_channels % norm_num_groups:
             raise ValueError(f"{hidden_channels} channels are not divisible by norm_num_groups {norm_num_groups}")
         self.augmentations = [name.strip() for name in augmentation.split(",") if name.strip()]
@@ -529,6 +541,13 @@ def read_weights(source, expected):
         raise ValueError(f"{path.name} holds no plain tensors by name") from error
     if not state:  # timm would look elsewhere
         raise ValueError(f"{path.name} holds no plain tensors by name")
+    if set(expected) < set(state):  # as in a file of the same family's deeper model
+        modules = {name[: dot.start()] for name in expected for dot in re.finditer(r"\.", name)}
+        blocks = [
+            name for name in state if name.rpartition(".")[0] not in modules and name.partition(".")[0] in modules
+        ]
+        if blocks:
+            raise ValueError(f"{path.name} holds the tensors of a deeper backbone, such as {blocks[0]}")
     if Path(source).is_file() or set(state) == set(expected):
         return state
     sizes = [(tensor.shape[:1], tensor.numel()) for tensor in state.values() if isinstance(tensor, torch.Tensor)]

@@ -105,6 +105,7 @@ from discriminator import (
     TimmFeatures,
     TimmModel,
     TimmPooled,
+    check_backbone,
     choose_stages,
     load_backbone,
     lpips_heads,
@@ -129,7 +130,7 @@ class UserError(Exception):
 def build_parser():
     """The table of flags."""
     parser = Parser(prog="train_vqgan.py", description=__doc__.split("\n")[0], fromfile_prefix_chars="@", allow_abbrev=False, formatter_class=HelpFormatter)
-    parser.register("type", None, text)  # of flags that name no type
+    parser.register("type", None, name_or_path)  # of flags that name no type
     schedules = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
     positive, count, weight = number(int, 1), number(int, 0), number(float, 0)
 
@@ -137,7 +138,7 @@ def build_parser():
     add("--dataset_name", help="data set on the Hub, a local directory that the datasets library reads, or files: .tar, .parquet, .zip, ..., with commas or as in {000..127}.tar, local or at an address")
     add("--dataset_config_name", help="configuration of that data set, when it has several")
     add("--train_split", fixed=True, help="split of that data set to train on (default: train)")
-    add("--train_data_dir", type=folder, help="folder of images, searched recursively; without it and --dataset_name: the photographs in images/train")
+    add("--train_data_dir", type=existing_folder, help="folder of images, searched recursively; without it and --dataset_name: the photographs in images/train")
     add("--image_column", fixed=True, default="image", help="column that holds the images")
     add("--streaming", fixed=True, action="store_true", help="read the data set while training instead of downloading it first; needs --max_train_steps")
     add("--shuffle_buffer", type=count, help="images of a stream that each data worker draws from; 0: they come in the order of their shard (default: as many as fit --shuffle_buffer_mb)")
@@ -155,12 +156,12 @@ def build_parser():
     add("--dataloader_num_workers", type=count, help="processes that load images, per training process (default: one per core, at most 8)")
 
     add = parser.group("networks")
-    add("--model_config_name_or_path", type=config, help="VQModel config: JSON file, directory or Hub id; see configs/model/")
-    add("--pretrained_model_name_or_path", type=network, help="start from this VQModel: directory or Hub id")
+    add("--model_config_name_or_path", type=config_source, help="VQModel config: JSON file, directory or Hub id; see configs/model/")
+    add("--pretrained_model_name_or_path", type=network_source, help="start from this VQModel: directory or Hub id")
     add("--subfolder", help="folder of the pretrained model inside that directory or repository (default: vqmodel where there is one)")
     add("--revision", help="revision of the pretrained model or config on the Hub")
-    add("--discriminator_config_name_or_path", type=config, help="discriminator config: JSON file, directory or Hub id; see configs/discriminator/")
-    add("--pretrained_discriminator_name_or_path", type=network, help="start from this discriminator: directory or Hub id")
+    add("--discriminator_config_name_or_path", type=config_source, help="discriminator config: JSON file, directory or Hub id; see configs/discriminator/")
+    add("--pretrained_discriminator_name_or_path", type=network_source, help="start from this discriminator: directory or Hub id")
     add("--train_only", fixed=True, choices=["decoder"], help="leave the encoder and the codebook of the pretrained model as they are: its codes keep their meaning")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="compute norms and activations again in the backward pass instead of keeping them: less memory")
 
@@ -177,7 +178,7 @@ def build_parser():
     add("--discriminator_start", type=steps_or_fraction, help="first step of the discriminator, in steps or as a fraction of the run (default: 0.1, at most 20000 steps)")
     add("--discriminator_warmup", type=steps_or_fraction, help="length of the ramp of the adversarial weight from there, in steps or as a fraction (default: 0.02, at least the discriminator's warm-up)")
     add("--timm_model_backend", default="vgg19", help="timm model of the perceptual loss")
-    add("--timm_model_layers", type=layers, help="its layers, names or indices separated by | or commas, or logits (default: all stages that are not pooling layers)")
+    add("--timm_model_layers", type=layer_names, help="its layers, names or indices separated by | or commas, or logits (default: all stages that are not pooling layers)")
     add("--timm_model_weights", default="hub", help="its weights: hub, a local file, the name of an installed package that ships one, or random")
 
     add = parser.group("codebook")
@@ -214,15 +215,15 @@ def build_parser():
     add("--ema_decay", type=number(float, 0, 1), default=0.999, help="its decay per step")
 
     add = parser.group("validation and logging")
-    add("--validation_images", type=file, nargs="+", default=[], help="images shown with their reconstructions at every validation")
+    add("--validation_images", type=existing_file, nargs="+", default=[], help="images shown with their reconstructions at every validation")
     add("--validation_steps", type=count, default=500, help="validate every this many steps and at the end; 0: only at the end")
-    add("--validation_data_dir", type=folder, help="folder of held-out images, searched recursively")
+    add("--validation_data_dir", type=existing_folder, help="folder of held-out images, searched recursively")
     add("--validation_split", help="split of --dataset_name with held-out images")
     add("--validation_fraction", fixed=True, type=number(float, 0, 1), help="part of the training images to hold out, drawn by seed (default: 0.01, 0 where held-out images are given)")
     add("--num_validation_samples", type=positive, help="held-out images to evaluate (default: at most 500, all of them with --eval_only)")
     add("--lpips_weights", default="hub", help="ImageNet weights of LPIPS's vgg16: hub, a local file, the name of an installed package, or none to leave LPIPS out")
     add("--fid", action="store_true", help="evaluate rFID, too; needs torch-fidelity")
-    add("--fid_weights", type=file, help="local file with torch-fidelity's Inception weights (default: downloaded)")
+    add("--fid_weights", type=existing_file, help="local file with torch-fidelity's Inception weights (default: downloaded)")
     add("--frechet_backend", help="evaluate a Frechet distance on the pooled features of this timm model, too")
     add("--frechet_weights", default="hub", help="its weights, as --timm_model_weights")
     add("--save_best", choices=list(BEST), help="keep the export with the best held-out value of this metric in output_dir/best")
@@ -304,7 +305,7 @@ ADVERSARIAL = {
 def generator_loss(x, x_hat, codes, perceptual, discriminator, args, lam, samples=None):
     """The terms of L_G by name. x, x_hat: [batch, 3, height, width] in [-1, 1]; the discriminator comes frozen.
 
-    samples: numbers of the images, [batch], from which a discriminator's augmentation follows.
+    samples: numbers of the images, [batch], from which the augmentation of a discriminator that has one follows.
     """
     pixel = F.l1_loss if args.vae_loss == "l1" else F.mse_loss
     # Every term is a mean over the batch, so that accumulating micro-batches equals one large batch.
@@ -313,7 +314,7 @@ def generator_loss(x, x_hat, codes, perceptual, discriminator, args, lam, sample
         terms["perceptual"] = Term(args.perceptual_weight, perceptual(x, x_hat), on="image")
     terms |= codes.terms  # of the quantiser: codebook and commitment
     if lam > 0:
-        fooled = ADVERSARIAL[args.adversarial_loss].generator(judged(discriminator, x_hat, samples)).mean()
+        fooled = ADVERSARIAL[args.adversarial_loss].generator(discriminator(x_hat, samples)).mean()
         terms["adversarial"] = Term(lam, fooled, on="adversary")
     return terms
 
@@ -328,7 +329,7 @@ def discriminator_loss(x, x_hat, discriminator, kind="hinge", lecam_weight=0.0, 
     adversarial = ADVERSARIAL[kind]
     both = None if samples is None else samples.repeat(2)  # an image and its reconstruction are augmented alike
     # one pass: DDP takes one forward for each backward
-    real, fake = judged(discriminator, torch.cat([x, x_hat]), both).chunk(2)
+    real, fake = discriminator(torch.cat([x, x_hat]), both).chunk(2)
     loss = adversarial.real(real).mean() + adversarial.fake(fake).mean()
     accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
     said = {"disc/loss": loss, "disc/real": real.mean(), "disc/fake": fake.mean(), "disc/accuracy": accuracy}
@@ -336,11 +337,6 @@ def discriminator_loss(x, x_hat, discriminator, kind="hinge", lecam_weight=0.0, 
         said["disc/lecam"] = lecam(real, fake, anchors)
         loss = loss + lecam_weight * said["disc/lecam"]
     return loss, said
-
-
-def judged(discriminator, x, samples):
-    """Logits. `samples` are for discriminators that augment what they see."""
-    return discriminator(x) if samples is None else discriminator(x, samples)
 
 
 def lecam(real, fake, anchors):
@@ -435,17 +431,15 @@ class Codes(NamedTuple):
 @contextmanager
 def exact_fp32():
     """Inside, no TF32 and nothing compiled: codes are searched, validated and exported as any other program will."""
-    cudnn = torch.backends.cudnn
-    matmul, before = torch.get_float32_matmul_precision(), (cudnn.allow_tf32, cudnn.fp32_precision, cudnn.benchmark)
-    torch.set_float32_matmul_precision("highest")
-    # "ieee", as without TF32 torch.backends.fp32_precision would say; no trials of kernels for sizes that come once
-    cudnn.allow_tf32, cudnn.fp32_precision, cudnn.benchmark = False, "ieee", False
-    try:
-        with torch.compiler.set_stance("force_eager"):
+    before, enabled = torch.get_float32_matmul_precision(), torch.backends.cudnn.enabled
+    # no trials of kernels (benchmark) either, for sizes that come once
+    cudnn = torch.backends.cudnn.flags(enabled, benchmark=False, allow_tf32=False, fp32_precision="ieee")
+    with cudnn, torch.compiler.set_stance("force_eager"):
+        torch.set_float32_matmul_precision("highest")
+        try:
             yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        cudnn.allow_tf32, cudnn.fp32_precision, cudnn.benchmark = before
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def without_autocast(device):
@@ -559,7 +553,9 @@ class CodeStatistics:
         self.since_restart += counts
         self.tokens += len(indices) * self.processes
         self.latents = torch.cat([self.latents.reshape(-1, *z.shape[1:]), z.to(self.latents)])  # the latest come last
-        share = -(-self.images_kept() // self.processes)  # whole images: whichever process saw them, they are the same
+        share = math.ceil(
+            self.images_kept() / self.processes
+        )  # whole images: whichever process saw them, they are the same
         self.latents = self.latents[max(0, len(self.latents) - share) :]
         # Of all processes, so that the export does not depend on which of them writes it.
         z_moments = self.accelerator.reduce(torch.stack([z.mean(), z.square().mean()]).to(self.moments), "mean")
@@ -571,7 +567,7 @@ class CodeStatistics:
 
     def images_kept(self):
         """By all processes together."""
-        return -(-self.keep // self.latents.shape[1])
+        return math.ceil(self.keep / self.latents.shape[1])
 
     def latest_latents(self):
         """(all processes) [images, tokens, dim] of all of them, in the order of the samples."""
@@ -584,14 +580,14 @@ class CodeStatistics:
         return (square - mean.square()).clamp(min=1e-12).sqrt().item()
 
     @torch.no_grad()
-    def restart_dead_codes(self, accelerator, state):
+    def restart_dead_codes(self, state):
         """(all processes) Move codes chosen less than 3 % as often as under uniform use to latents of the last steps.
 
         The optimiser's and the EMA's rows move along. Every process draws the same from the gathered latents, each of
         them for one code at most: of two equal codes one would never be chosen.
         """
         weight, norm = state.generator.quantize.embedding.weight, state.generator.quantize.norm
-        counts = accelerator.reduce(self.since_restart, "sum")
+        counts = self.accelerator.reduce(self.since_restart, "sum")
         dead = (counts < 0.03 * counts.sum() / len(counts)).unsqueeze(1)
         tokens_per_code = self.tokens / len(weight)
         unlucky = math.exp(-tokens_per_code)  # share of the codes that chance leaves out under uniform use
@@ -620,24 +616,25 @@ class CodeStatistics:
         self.since_restart.zero_()
         self.tokens = 0
 
-    def state_dict(self, accelerator):
+    def state_dict(self):
         """(all processes) Counts and latents of all processes together."""
         return {
-            "since_log": accelerator.reduce(self.since_log, "sum"),
-            "since_restart": accelerator.reduce(self.since_restart, "sum"),
+            "since_log": self.accelerator.reduce(self.since_log, "sum"),
+            "since_restart": self.accelerator.reduce(self.since_restart, "sum"),
             "latents": self.latest_latents(),
             "moments": self.moments,
             "tokens": self.tokens,
             "steps": self.steps,
         }
 
-    def load_state_dict(self, state, accelerator):
+    def load_state_dict(self, state):
         """The first process carries the counts on, each its share of the latents."""
-        carries = 1 if accelerator.is_main_process else 0
+        carries = 1 if self.accelerator.is_main_process else 0
         self.since_log.copy_(state["since_log"] * carries)
         self.since_restart.copy_(state["since_restart"] * carries)
-        left_over = len(state["latents"]) % self.processes  # alike many on all, as they are gathered again
-        self.latents = state["latents"][left_over + accelerator.process_index :: self.processes].to(self.latents)
+        left_over = len(state["latents"]) % self.processes  # every process keeps as many, to gather them
+        first = left_over + self.accelerator.process_index
+        self.latents = state["latents"][first :: self.processes].to(self.latents)
         self.moments.copy_(state["moments"])
         self.steps.copy_(state["steps"])
         self.tokens = state["tokens"]
@@ -680,12 +677,7 @@ def clip_and_step(accelerator, network, optimizer, loss, max_norm):
 
 
 def sample_numbers(run, i, x):
-    """Numbers in the stream of training images of the `i`-th micro-batch x of this step, [batch].
-
-    None for a discriminator that does not augment.
-    """
-    if not isinstance(run.state.discriminator, FeatureDiscriminator):
-        return None
+    """Numbers in the stream of training images of the `i`-th micro-batch x of this step, [batch]."""
     world, rank = run.accelerator.num_processes, run.accelerator.process_index
     return run.state.samples_seen + rank + world * (i * len(x) + torch.arange(len(x), device=x.device))
 
@@ -779,11 +771,12 @@ class Schedule:
             step = flag if isinstance(flag, int) else round(flag * self.steps)
             unchanged = earlier and not isinstance(self.flags[name], int) and earlier["flags"][name] == self.flags[name]
             setattr(self, name, earlier[name] if unchanged else step)
-        beyond = f"step {self.discriminator_start} is beyond the end of the run, at step {self.steps}"
-        on = self.adversarial_weight and args.discriminator_start is not None and self.steps > taken
-        require(not on or self.discriminator_start < self.steps, f"--discriminator_start: {beyond}")
+        if self.adversarial_weight and args.discriminator_start is not None and self.steps > taken:
+            beyond = f"step {self.discriminator_start} is beyond the end of the run, at step {self.steps}"
+            require(self.discriminator_start < self.steps, f"--discriminator_start: {beyond}")
         scale = images_per_step if args.scale_lr else 1
-        self.learning_rate, self.discr_learning_rate = args.learning_rate * scale, args.discr_learning_rate * scale
+        self.learning_rate = args.learning_rate * scale
+        self.discr_learning_rate = args.discr_learning_rate * scale
         own_steps = max(1, self.steps - self.discriminator_start)  # its schedule begins when it does
         self.factor = self.learning_rate_factor(args.lr_scheduler, args.lr_warmup_steps, self.steps)
         self.discr_factor = self.learning_rate_factor(args.discr_lr_scheduler, args.lr_warmup_steps, own_steps)
@@ -792,6 +785,7 @@ class Schedule:
     def learning_rate_factor(name, warmup_steps, total_steps):
         """Multiplier as a function of the number of steps taken: no state to save or to get out of step."""
         stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        total_steps = max(total_steps, warmup_steps + 1)  # polynomial divides by the steps after the warm-up
         schedule = get_scheduler(name, stand_in, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
         factor = schedule.lr_lambdas[0]
         return lambda step: factor(step + 1 if step < warmup_steps else step)  # a first step at rate 0 would be wasted
@@ -843,7 +837,7 @@ def train_loop(run, batches):
         watch.end_of_step(run, last)
         # Codes that restart in the last tenth would not settle any more.
         if due(state.step, args.codebook_restart_steps) and state.step <= 0.9 * schedule.steps:
-            state.codes.restart_dead_codes(accelerator, state)
+            state.codes.restart_dead_codes(state)
         if due(state.step, args.log_steps) or last:
             log_training(run, clock, bar)
         with clock.timing("paused"):
@@ -930,7 +924,8 @@ def build_generator(args):
 def load_pretrained(network, flag, source, **where):
     """A pretrained network of this class, from its plain weight file or else its fp16 variant, as some are published."""
     options = {"torch_dtype": torch.get_default_dtype(), "output_loading_info": True, **where}
-    with user_error(f"{flag}: cannot load {source}", Exception):
+    errors = (OSError, ValueError, RuntimeError, safetensors.SafetensorError)  # of broken files, and misfits
+    with user_error(f"{flag}: cannot load {source}", errors):
         try:
             model, report = network.from_pretrained(source, **options)
         except OSError:
@@ -961,7 +956,7 @@ def read_config(flag, source, *networks, **where):
         with user_error(f"{flag}: no local file or directory {source}, and the Hub did not give it", OSError, hint):
             config = networks[0].load_config(source, **where)
     kinds = {network.__name__: network for network in networks}
-    kind = config.get("_class_name", networks[0].__name__)
+    kind = str(config.get("_class_name", networks[0].__name__))
     require(kind in kinds, f"{flag}: {source} is the config of {kind}, not of {' or '.join(kinds)}")
     known = [name for name in inspect.signature(kinds[kind].__init__).parameters if name != "self"]
     config = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -1100,14 +1095,17 @@ def build_perceptual(args):
     """The perceptual loss of the flags, or None with weight 0."""
     if not args.perceptual_weight:
         return None
-    name, layers, weights = args.timm_model_backend, args.timm_model_layers, args.timm_model_weights
-    with user_error("--timm_model_backend, --timm_model_layers or --timm_model_weights", ValueError):
-        if layers == "logits":
+    name, weights, logits = args.timm_model_backend, args.timm_model_weights, args.timm_model_layers == "logits"
+    with user_error("--timm_model_backend", ValueError):
+        check_backbone(name, args.cache_dir)
+    with user_error("--timm_model_layers", ValueError):
+        stages = [] if logits else choose_stages(name, args.timm_model_layers, args.cache_dir)
+        heads = lpips_heads(stages) if name.split(".")[0] == "vgg16" else ()
+    with user_error("--timm_model_weights", ValueError):
+        if logits:
             backbone = load_backbone(name, weights, args.cache_dir)
             loss = LogitsLoss(backbone, backbone.pretrained_cfg["input_size"][-2:])
         else:
-            stages = choose_stages(name, layers, args.cache_dir)
-            heads = lpips_heads(stages) if name.split(".")[0] == "vgg16" else ()
             loss = PerceptualLoss(TimmFeatures(name, stages, weights, args.cache_dir, args.resolution), heads)
     small = f"--timm_model_backend: {name} fails at {args.resolution} pixels"
     with user_error(small, (RuntimeError, ValueError, AssertionError)), torch.no_grad():
@@ -1212,7 +1210,8 @@ def read_image(item, args, reduced_to=None):
         image = open_image(item)
         whole = image.size
         if reduced_to or math.prod(image.size) > MAX_PIXELS:
-            image.draft(None, 2 * (reduced_to or 2 * args.resolution,))
+            least = reduced_to or 2 * args.resolution
+            image.draft(None, (least, least))
         pixels = math.prod(image.size)
         if pixels > MAX_PIXELS:
             raise ValueError(f"{pixels / 1e6:.0f} megapixels, at most {MAX_PIXELS / 1e6:.0f} fit; make it smaller")
@@ -1424,13 +1423,14 @@ def training_batches(items, args, seed, start, accelerator, watch, positions):
         if args.dataloader_num_workers is None:
             workers = min(workers, max(1, items.num_shards // world))
         begin_pass(positions, max(1, workers))
-        data, how = ShardStream(items, args, seed, start, accelerator, positions), {"batch_size": None}
+        data = ShardStream(items, args, seed, start, accelerator, positions)
+        options = {"batch_size": None}
     else:
-        watch.pass_length = -(-len(items) // world)
-        data, how = SampleStream(items, args, seed), {"batch_size": args.train_batch_size, "collate_fn": collate}
-        how["sampler"] = itertools.count(start + rank, world)
+        watch.pass_length = math.ceil(len(items) / world)
+        data, order = SampleStream(items, args, seed), itertools.count(start + rank, world)
+        options = {"batch_size": args.train_batch_size, "collate_fn": collate, "sampler": order}
     pinned, timeout = accelerator.device.type == "cuda", SILENT_AFTER if workers else 0
-    loader = DataLoader(data, num_workers=workers, pin_memory=pinned, timeout=timeout, **how)
+    loader = DataLoader(data, num_workers=workers, pin_memory=pinned, timeout=timeout, **options)
     child_died = getattr(signal, "SIGCHLD", None)  # Windows has none
     handler = child_died and signal.getsignal(child_died)
     again = f"{GO_ON}, with fewer workers if it happens again"
@@ -1574,7 +1574,7 @@ def size_in_memory(item):
 
 
 def shard_being_read(error):
-    """ " in FILE", where a reader of `datasets` failed: its errors do not name the shard. Empty where none is known."""
+    """ " in FILE" of the shard where a reader of `datasets` failed, or nothing: only the reader's local variables know."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if "packaged_modules" in frame.f_code.co_filename or frame.f_code is read_tars.__code__:
             shard = frame.f_locals.get("tar") or frame.f_locals.get("file")
@@ -1649,7 +1649,8 @@ def held_out_batches(items, n, args, rank, world):
 
     for batch in read_ahead(numbered, square, args.train_batch_size, cores_per_process()):
         faults = [fault for _, fault in batch if fault]
-        numbers, images = zip(*(pair for pair, _ in batch if pair)) if len(faults) < len(batch) else ((), ())
+        numbers = [pair[0] for pair, _ in batch if pair]
+        images = [pair[1] for pair, _ in batch if pair]
         yield numbers, torch.stack(images) if images else None, faults
 
 
@@ -1672,7 +1673,8 @@ def load_data(args, seed):
     if args.streaming or items is None:
         return items, held_out, identity
     n_held_out = max(1, round(args.validation_fraction * len(items))) if args.validation_fraction else 0
-    n_held_out = min(n_held_out, len(items) - (not args.eval_only))
+    if n_held_out == len(items) and not args.eval_only:
+        n_held_out -= 1  # one is left to train on
     if n_held_out:
         held_out = ShuffledSlice(items, 0, n_held_out, seed)
         logger.info(f"Held out {n_held_out} of {len(items)} training images for validation, see --validation_fraction")
@@ -1797,7 +1799,7 @@ def open_saved(flag, split, args):
     """(data set that save_to_disk wrote, None)"""
     dataset = datasets.load_from_disk(args.dataset_name)
     dataset = dataset if isinstance(dataset, datasets.DatasetDict) else {"train": dataset}
-    other = "" if args.train_split else " (--train_split chooses another)"
+    other = "" if args.train_split or flag != "--dataset_name" else " (--train_split chooses another)"
     require(split in dataset, f"{flag}: {args.dataset_name} has no {split} split{other}; it has: {', '.join(dataset)}")
     dataset = dataset[split]
     if args.streaming:
@@ -1835,51 +1837,34 @@ def load_split(flag, split, args, beside=()):
 
     A stream has rows, with the columns named `beside` the image's, too.
     """
-    name, path, column = args.dataset_name, Path(args.dataset_name), args.image_column
-    parts = [] if path.is_dir() else listed_files(name)
-    if path.exists():
-        known = f"{flag}: {name} is of no kind that is read here: {', '.join(READERS)}"
-        require(path.is_dir() or parts, known)
-        name = os.path.abspath(name)  # such as "."
-        plain = not re.search(r"[][*?]|::", name)
-        require(plain, f"{flag}: datasets takes {name} for a pattern; rename it; a folder of images: --train_data_dir")
-        inside = Path(args.output_dir).resolve().is_relative_to(path.resolve()) and not args.eval_only
-        require(not inside, f"--output_dir: it lies inside {name}, where datasets would take results for data")
-    missing = [file for file in parts if "://" not in file and not os.path.exists(file)]
-    require(not missing, f"{flag}: no such file: {', '.join(missing[:3])}")
-    whole = f"{flag}: files have no splits; name held-out images with --validation_data_dir"
-    require(not parts or split != args.validation_split, whole)
+    path = Path(args.dataset_name)
+    name = os.path.abspath(path) if path.exists() else args.dataset_name  # not such as "."
+    parts = [] if path.is_dir() else listed_files(args.dataset_name)
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-    configuration = f"--dataset_config_name: {name} was saved by save_to_disk, which keeps no configurations"
-    require(not (saved and args.dataset_config_name), configuration)
-    absent = "; there is no such local directory, and the Hub did not give it: check the name and the network"
-    if not path.exists() and not parts:
+    check_local_source(flag, split, name, parts, saved, args)
+    local = path.exists() or parts
+    if not local:
         logger.info(f"Contacting the Hugging Face Hub for data set {name}")
 
     def hint(error):
         if "config" in str(error).lower():
             return "; --dataset_config_name chooses a configuration"
-        if "split" in str(error).lower() and not args.train_split:
+        if "split" in str(error).lower() and flag == "--dataset_name" and not args.train_split:
             return "; --train_split chooses another"
-        return "" if path.exists() or parts else absent
+        absent = "; there is no such local directory, and the Hub did not give it: check the name and the network"
+        return "" if local else absent
 
     files = list_files(name, args)[0] if path.is_dir() else []
     files = [(file, size) for file, size in files if Path(file).suffix not in (".md", ".db")]  # notes are no data
     files += [(os.path.basename(part), os.path.getsize(part) if os.path.exists(part) else 0) for part in parts]
-    with user_error(f"{flag}: cannot read the {split} split of {name}", Exception, hint):  # formats have their own
+    with user_error(
+        f"{flag}: cannot read the {split} split of {name}", Exception, hint
+    ):  # each format has its own errors
         dataset, builder = open_saved(flag, split, args) if saved else open_unsaved(name, split, parts, args)
     identity = identity_of_files(files) if files else f"{name} {sorted(dataset.info.download_checksums or {})}"
     features = dataset.features or {}
-    declared = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
-    if column == "image" and column not in features and len(declared) == 1:
-        (column,) = declared
-        logger.info(f"{flag}: taking the images in column {column}")
-    images = [key for key, feature in features.items() if may_hold_images(feature)]
     n_files = sum(Path(file).suffix.lower() in IMAGE_SUFFIXES for file, _ in files)
-    listed = f"columns that may hold images: {', '.join(images) or 'none'}; all: {', '.join(features)}"
-    listed += f"; --train_data_dir reads the {n_files} image files below it" if n_files else ""
-    known = not features or column in images
-    require(known, f"--image_column: '{column}' is no column of images in {name}; {listed}")
+    column = column_of_images(flag, name, features, n_files, args)
     if args.streaming:
         if builder and getattr(builder.config, "columns", 0) is None:  # parquet: the others are not even fetched
             builder.config.columns = [column, *beside]
@@ -1892,6 +1877,37 @@ def load_split(flag, split, args, beside=()):
         fewer = f"the {split} split of {name} holds {len(dataset)} of the {n_files} images below it"
         logger.warning(f"{flag}: {fewer}; if folders were taken for splits, --train_data_dir reads all of them")
     return dataset.cast_column(column, datasets.Image(decode=False))[column], identity
+
+
+def check_local_source(flag, split, name, parts, saved, args):
+    """UserError for a directory, or files `parts`, that `datasets` would not take for what the user means."""
+    if os.path.exists(name):
+        require(os.path.isdir(name) or parts, f"{flag}: {name} is of no kind that is read here: {', '.join(READERS)}")
+        plain = not re.search(r"[][*?]|::", name)
+        require(plain, f"{flag}: datasets takes {name} for a pattern; rename it; a folder of images: --train_data_dir")
+        inside = Path(args.output_dir).resolve().is_relative_to(Path(name).resolve()) and not args.eval_only
+        require(not inside, f"--output_dir: it lies inside {name}, where datasets would take results for data")
+    missing = [file for file in parts if "://" not in file and not os.path.exists(file)]
+    require(not missing, f"{flag}: no such file: {', '.join(missing[:3])}")
+    if parts and split == args.validation_split:
+        raise UserError(f"{flag}: files have no splits; name held-out images with --validation_data_dir")
+    if saved and args.dataset_config_name:
+        raise UserError(f"--dataset_config_name: {name} was saved by save_to_disk, which keeps no configurations")
+
+
+def column_of_images(flag, name, features, n_files, args):
+    """--image_column, or the only column that is declared as images. n_files: image files below a local directory."""
+    column = args.image_column
+    declared = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+    if column == "image" and column not in features and len(declared) == 1:
+        (column,) = declared
+        logger.info(f"{flag}: taking the images in column {column}")
+    images = [key for key, feature in features.items() if may_hold_images(feature)]
+    listed = f"columns that may hold images: {', '.join(images) or 'none'}; all: {', '.join(features)}"
+    listed += f"; --train_data_dir reads the {n_files} image files below it" if n_files else ""
+    known = not features or column in images
+    require(known, f"--image_column: '{column}' is no column of images in {name}; {listed}")
+    return column
 
 
 def may_hold_images(feature):
@@ -1983,7 +1999,9 @@ class Evaluator:
             with user_error("--fid", Exception, hint):
                 self.frechet["rfid_inception"] = FrechetInceptionDistance(2048, **options)
         if args.frechet_backend:
-            with user_error("--frechet_backend or --frechet_weights", ValueError):
+            with user_error("--frechet_backend", ValueError):
+                check_backbone(args.frechet_backend, args.cache_dir)
+            with user_error("--frechet_weights", ValueError):
                 features = TimmPooled(args.frechet_backend, args.frechet_weights, args.cache_dir)
             self.frechet[f"frechet_{args.frechet_backend}"] = FrechetInceptionDistance(features)
         for network in [*self.distances.values(), *self.frechet.values()]:
@@ -2174,7 +2192,8 @@ def keep_best(run, metrics):
     name = key.removeprefix("val/").rpartition("_n")[0]
     measured = [name, getattr(run.evaluator.distances.get(name), "layers", None)]
     before = read_best(best)
-    if before.get("measured") == measured and BEST[chosen](before["value"], metrics[key]) == before["value"]:
+    better = BEST[chosen]
+    if before.get("measured") == measured and better(before["value"], metrics[key]) == before["value"]:
         return
     with keep_going("keep the best export"):
         with replaced(best) as folder:
@@ -2230,7 +2249,7 @@ class TrainingState:
             "ema": ema,
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {},
-            "codes": self.codes.state_dict(accelerator),
+            "codes": self.codes.state_dict(),
             "averages": self.averages.state_dict(accelerator),
             "lecam_anchors": self.lecam_anchors,
             "step": self.step,
@@ -2255,7 +2274,7 @@ class TrainingState:
             self.ema.load_state_dict(state["ema"] | {"shadow_params": shadow, "decay": self.ema.decay})
         if accelerator.scaler and state["scaler"]:
             accelerator.scaler.load_state_dict(state["scaler"])
-        self.codes.load_state_dict(state["codes"], accelerator)
+        self.codes.load_state_dict(state["codes"])
         self.averages.load_state_dict(state["averages"], accelerator)
         self.lecam_anchors.copy_(state["lecam_anchors"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
@@ -2341,34 +2360,39 @@ def find_checkpoint(args):
     """
     output, resume, flag = Path(args.output_dir), args.resume_from_checkpoint, "--resume_from_checkpoint"
     latest, present = resume == "latest", checkpoints(output)
-    results = read_metrics(args) or [name for name in ("vqmodel", "best") if (output / name).exists()]
-    if not resume and present:
-        raise UserError(f"--output_dir: {output} already holds a run; {flag} latest goes on with it")
-    if results and not present and (latest or not resume):
+    if not present and (latest or not resume):
+        results = read_metrics(args) or [name for name in ("vqmodel", "best") if (output / name).exists()]
         nothing = "holds results of a run, but no checkpoint to go on from"
-        raise UserError(f"--output_dir: {output} {nothing}; move it away, or choose another directory")
-    if not resume:
+        require(not results, f"--output_dir: {output} {nothing}; move it away, or choose another directory")
         return None, {}
-    for checkpoint in reversed(present) if latest else [Path(resume)]:
-        fault = find_fault(checkpoint)
-        if fault and latest:
-            logger.warning(f"{checkpoint} is damaged and left out: {fault}")
-            continue
-        found = ", ".join(map(str, present)) or f"none in {output}"
+    require(resume, f"--output_dir: {output} already holds a run; {flag} latest goes on with it")
+    if latest:
+        checkpoint = newest_whole(present)
+        require(checkpoint, f"{flag}: no whole checkpoint in {output}; remove it to start afresh")
+    else:
+        checkpoint = Path(resume)
+        fault, found = find_fault(checkpoint), ", ".join(map(str, present)) or f"none in {output}"
         require(not fault, f"{flag}: {checkpoint} is no whole checkpoint ({fault}); found: {found}")
-        progress = json.loads((checkpoint / "progress.json").read_text())
-        remedy = "go on with that version, or start a new run with --pretrained_model_name_or_path"
-        known = progress.get("format") == CHECKPOINT_FORMAT
-        require(known, f"{flag}: {checkpoint} is of another version of this script; {remedy}")
-        if checkpoint.resolve().parent != output.resolve():  # a branch, perhaps tried before
-            others = present or [line for line in read_metrics(args) if line["step"] <= step_of(checkpoint)]
-            require(not others, f"--output_dir: {output} already holds another run; choose another directory")
-        later = ", ".join(str(path) for path in present if step_of(path) > step_of(checkpoint))
-        continuation = f"later checkpoints than {checkpoint} would be taken for its continuation"
-        require(latest or not later, f"{flag}: {continuation}; move them away first: {later}")
-        return checkpoint, progress
-    require(not present, f"{flag}: no whole checkpoint in {output}; remove it to start afresh")
-    return None, {}
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    remedy = "go on with that version, or start a new run with --pretrained_model_name_or_path"
+    known = progress.get("format") == CHECKPOINT_FORMAT
+    require(known, f"{flag}: {checkpoint} is of another version of this script; {remedy}")
+    if checkpoint.resolve().parent != output.resolve():  # a branch, perhaps tried before
+        others = present or [line for line in read_metrics(args) if line["step"] <= step_of(checkpoint)]
+        require(not others, f"--output_dir: {output} already holds another run; choose another directory")
+    later = ", ".join(str(path) for path in present if step_of(path) > step_of(checkpoint))
+    continuation = f"later checkpoints than {checkpoint} would be taken for its continuation"
+    require(latest or not later, f"{flag}: {continuation}; move them away first: {later}")
+    return checkpoint, progress
+
+
+def newest_whole(found):
+    """The last of these checkpoints that is not damaged, or None."""
+    for checkpoint in reversed(found):
+        fault = find_fault(checkpoint)
+        if not fault:
+            return checkpoint
+        logger.warning(f"{checkpoint} is damaged and left out: {fault}")
 
 
 def checkpoints(output_dir):
@@ -2490,8 +2514,8 @@ def export(run, folder):
     that multiplies by it sees unit variance; with --train_only the latents are as before.
     """
     generator, args = run.state.generator, run.args
-    factor = float(f"{1 / run.state.codes.latent_deviation():.6g}")
-    factor = generator.config.scaling_factor if args.train_only else factor
+    deviation = run.state.codes.latent_deviation()
+    factor = generator.config.scaling_factor if args.train_only else float(f"{1 / deviation:.6g}")
     with as_exported(run.state):
         model = plain_vqmodel(generator, scaling_factor=factor)
     model.save_pretrained(folder / "vqmodel")
@@ -2613,7 +2637,7 @@ class Watch:
         self.stopping = False  # one of the processes got a signal, or has no more data
         self.bad_steps = 0  # in a row
         self.saved = True  # whether the last checkpoint could be written
-        self.warned = set()  # what was warned of once
+        self.warned = set()  # of "data" and "discriminator", each once a run
         self.reported = set()  # faults of training images
         self.pass_length = math.inf  # training images of this process in one pass over the data, once known
         self.read_images = self.faulty_images = 0  # of the first pass, by this process: there each comes once
@@ -2636,7 +2660,8 @@ class Watch:
             return
         found = f"{faulty:.0f} of {read:.0f} training images cannot be read"
         if faulty > run.args.max_bad_fraction * read and not self.failure:
-            self.failure, self.stopping = UserError(f"--max_bad_fraction: {found}; raise it, or start anew"), True
+            self.failure = UserError(f"--max_bad_fraction: {found}; raise it, or start anew")
+            self.stopping = True
         elif faulty > 0.01 * read and "data" not in self.warned:
             logger.warning(f"{found}; others take their place, and the run stops at --max_bad_fraction")
             self.warned.add("data")
@@ -2653,24 +2678,31 @@ class Watch:
         arrived = torch.cuda.Event() if device.type == "cuda" else None
         if arrived:
             arrived.record()
-        self.sent, self.skipped = (run.state.step, [*self.skipped], flags, arrived), {}
+        self.sent = run.state.step, [*self.skipped], flags, arrived
+        self.skipped = {}
         if last or (ends_here and run.accelerator.num_processes == 1):
             self.read(run)
 
     def read(self, run):
-        """UserError at --max_bad_steps bad steps in a row."""
+        """What the last step sent. UserError when too many in a row were bad."""
         if self.sent is None:
             return
-        (step, players, flags, arrived), self.sent = self.sent, None
+        step, players, flags, arrived = self.sent
+        self.sent = None
         if arrived:
             arrived.synchronize()
         endings, read, faulty, over, *skipped = flags.tolist()
         self.stopping = endings > 0
         self.judge_data(read, faulty, over, run)
         bad = " and ".join(player for player, flag in zip(players, skipped) if flag)
-        self.bad_steps = self.bad_steps + 1 if bad else 0
-        if not bad:
-            return
+        if bad:
+            self.note_bad_step(run, step, bad)
+        else:
+            self.bad_steps = 0
+
+    def note_bad_step(self, run, step, bad):
+        """Warn that the players `bad` took no step; UserError at --max_bad_steps in a row."""
+        self.bad_steps += 1
         first = run.state.samples_seen - (run.state.step - step + 1) * run.images_per_step
         samples = f"samples {first} to {first + run.images_per_step - 1}"
         where = f"Step {step}, {samples}: loss or gradient of the {bad} not finite"
@@ -2767,8 +2799,8 @@ def log_training(run, clock, bar):
     if accelerator.device.type == "cuda":
         metrics["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     write_metrics(run, metrics)
-    shown = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "disc", "codebook/used": "codes"}
-    shown = ", ".join(f"{name} {metrics[key]:.3g}" for key, name in shown.items() if key in metrics)
+    names = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "disc", "codebook/used": "codes"}
+    shown = ", ".join(f"{name} {metrics[key]:.3g}" for key, name in names.items() if key in metrics)
     bar.set_postfix_str(shown)
     if bar.disable:
         speed = metrics["speed/images_per_sec"]
@@ -2902,7 +2934,6 @@ REMOVED_FLAGS = {
     "--timm_model_offset": "name the layers with --timm_model_layers; they are printed at the start",
     "--enable_xformers_memory_efficient_attention": "PyTorch's own attention is as fast; leave it out",
     "--log_grad_norm_steps": "gradient norms are logged every --log_steps",
-    "--early_images": "use a smaller --validation_steps for a short run at first",
 }
 
 
@@ -2969,42 +3000,41 @@ def steps_or_fraction(text):
     return number(int, 0)(text) if re.fullmatch(r"-?\d+", text) else number(float, 0, 1)(text)
 
 
-def text(value):
-    """An argparse type: a name or path, with ~ expanded. An empty one is a variable of the shell that is not set."""
+def name_or_path(value):
+    """An argparse type: text, with ~ expanded. An empty one is a variable of the shell that is not set."""
     if not value.strip():
         raise argparse.ArgumentTypeError("is empty; leave the flag out for its default")
     return os.path.expanduser(value)
 
 
-def accepted(test, problem):
-    """An argparse type: text that passes `test`."""
+def accepted(*conditions):
+    """An argparse type: text that passes each test of these pairs (test, what it says otherwise)."""
 
     def parse(value):
-        value = text(value)
-        if not test(value):
-            raise argparse.ArgumentTypeError(problem.format(value))
+        value = name_or_path(value)
+        for test, problem in conditions:
+            if not test(value):
+                raise argparse.ArgumentTypeError(problem.format(value))
         return value
 
     return parse
 
 
-def folder(value):
-    """An argparse type: an existing folder."""
-    value = text(value)
-    if not os.path.isdir(value):
-        problem = f"{value} is a file, not a folder" if os.path.exists(value) else f"no such folder: {value}"
-        raise argparse.ArgumentTypeError(problem)
-    return value
+def no_file(path):
+    return not os.path.isfile(path)
 
 
 FOREIGN = (
     "{} is a single file; name a directory or a Hub id; scripts/convert_to_diffusers.py makes a directory of a checkpoint "
     "of taming-transformers, LDM, LlamaGen or MaskGIT"
 )
-file = accepted(os.path.isfile, "no such file: {}")
-config = accepted(lambda path: not path.endswith(".json") or os.path.isfile(path), "no such file: {}")
-network = accepted(lambda path: not os.path.isfile(path), FOREIGN)
-layers = accepted(lambda names: names != "head", "'{}' is no feature layer; leave it out for all stages, or use logits")
+existing_file = accepted((os.path.isfile, "no such file: {}"))
+existing_folder = accepted((no_file, "{} is a file, not a folder"), (os.path.isdir, "no such folder: {}"))
+config_source = accepted((lambda path: not path.endswith(".json") or os.path.isfile(path), "no such file: {}"))
+network_source = accepted((no_file, FOREIGN))
+layer_names = accepted(
+    (lambda names: names != "head", "'{}' is no feature layer; leave it out for all stages, or use logits")
+)
 
 
 NEEDS = {
@@ -3037,6 +3067,8 @@ def check_args(args):
         require(not {name, other} <= given, f"--{name} and --{other}: give one of them{why}")
     if args.streaming and not (args.max_train_steps or args.eval_only):
         raise UserError("--streaming: needs --max_train_steps; the data has no known end")
+    older = args.save_reconstructions and [*Path(args.save_reconstructions).glob("*/*.png")]
+    require(not older, f"--save_reconstructions: {args.save_reconstructions} holds images already; name another folder")
     if args.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
         raise UserError("--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
     short_side, (low, high) = args.short_side or args.resolution, args.random_scale or (1, 1)
@@ -3115,7 +3147,7 @@ def start_accelerator(args):
         torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = args.allow_tf32
         torch.backends.cudnn.fp32_precision = "tf32" if args.allow_tf32 else "ieee"  # a process may have set others
-        if accelerator.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             logger.warning("--mixed_precision bf16: this GPU only emulates it, slowly; use fp16")
         if args.gradient_accumulation_steps > 1:
             whole = f"--train_batch_size {args.train_batch_size * args.gradient_accumulation_steps}"
@@ -3154,6 +3186,9 @@ def claimed_output_dir(accelerator, args):
                 logger.warning(f"{output} cannot be locked: see to it that only one run at a time writes there")
             (output / ".lock").write_text(token)
             finish_interrupted(output)
+        taken = [name for name in ("metrics.jsonl", "README.md") if (output / name).is_dir()]
+        taken += [name for name in ("vqmodel", "discriminator", "image_processor") if (output / name).is_file()]
+        require(not taken, f"--output_dir: {output} holds another {' and '.join(taken)}; choose another directory")
 
     try:
         on_main(accelerator, claim)

@@ -38,7 +38,7 @@ def parse_args(argv=None):
     """Some of the training script's flags and our own; the others at their defaults, for its functions."""
     parser = train_vqgan.Parser(prog="tokenize_dataset.py", description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=train_vqgan.HelpFormatter)
     add = parser.group("flags")
-    add("--pretrained_model_name_or_path", required=True, type=train_vqgan.network, help="VQModel: directory, such as the output_dir of a training run, or Hub id")
+    add("--pretrained_model_name_or_path", required=True, type=train_vqgan.network_source, help="VQModel: directory, such as the output_dir of a training run, or Hub id")
     add("--output_dir", required=True, help="folder of the shards")
     add("--shard_size", type=number(int, 1), default=4096, help="images of a shard, which one process makes")
     add("--batch_size", dest="train_batch_size", type=number(int, 1), default=16, help="images at a time")

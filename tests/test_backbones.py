@@ -384,8 +384,9 @@ def prefixed(state, prefix="module."):
         lambda state: {"state_dict": {}, "state_dict_ema": state},
         lambda state: {name: tensor for name, tensor in state.items() if not name.startswith("fc.")},
         lambda state: {name: tensor.half() for name, tensor in state.items()},
+        lambda state: state | {"layer1.0.mask": torch.zeros(1), "other_head.fc.weight": torch.zeros(1)},
     ],
-    ids=["reversed", "distributed", "nested", "timm", "ema", "headless", "half"],
+    ids=["reversed", "distributed", "nested", "timm", "ema", "headless", "half", "more"],
 )
 def test_weight_files_as_training_leaves_them(tmp_path, wrap):
     """timm's ways to nest and prefix; feature maps need no classifier. Red when timm does not read the file."""
@@ -461,6 +462,7 @@ def wrong_files(folder):
     files = {
         "short.pth": lambda path: torch.save(short, path),
         "bufferless.pth": lambda path: torch.save({"model": bufferless}, path),
+        "deeper.pth": lambda path: torch.save(state | {"layer1.7.conv1.weight": torch.zeros(1)}, path),
         "unrelated.pth": lambda path: torch.save({"a": torch.zeros(3), "b": torch.zeros(3, 3)}, path),
         "backbone.pth": lambda path: torch.save(prefixed(state, "backbone."), path),
         "wide.pth": lambda path: torch.save(wider, path),
@@ -485,7 +487,8 @@ def wrong_files(folder):
 
 
 def test_wrong_weight_files_are_named(tmp_path):
-    """And nobody is advised to run their code. Red when require_loaded is left out, or compares values."""
+    """And nobody is advised to run their code. Red when require_loaded is left out, or compares values, or when blocks
+    that only a deeper model has are passed over."""
     for path in wrong_files(tmp_path):
         message = reason(features, "test_resnet", str(path))
         assert path.name in message
@@ -543,8 +546,8 @@ def test_hub_weights_offline_name_the_alternatives(network, tmp_path):
 )
 def test_errors_reach_the_command_line_with_their_flag(error, more, reason):
     """One line and status 2, through main. Red when build_perceptual names no flag before it, or another one's."""
-    flags, said = error(*more).removeprefix("train_vqgan.py: error: ").split(": ", 1)
-    assert more[-2] in flags and said.startswith(reason)
+    flag, said = error(*more).removeprefix("train_vqgan.py: error: ").split(": ", 1)
+    assert flag == more[-2] and said.startswith(reason)
 
 
 def test_resolution_too_small_for_the_backbone_is_a_user_error(flags):

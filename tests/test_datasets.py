@@ -708,11 +708,15 @@ def test_only_column_of_images_is_taken(tmp_path, local):
 
 
 def test_another_split_than_train(tmp_path, local):
-    """Red when the flag is ignored, or the message does not name it."""
+    """Red when the flag is ignored, or the message does not name it, or names it for a missing --validation_split."""
     datasets.DatasetDict(valid=make_dataset(), test=make_dataset().select([3])).save_to_disk(tmp_path / "dict")
     assert len(items("--dataset_name", tmp_path / "dict", "--train_split", "test")) == 1
     assert len(items(*local["parquet"], "--train_split", "test")) == 2
     assert "--train_split chooses another" in refused("--dataset_name", tmp_path / "dict")
+    datasets.DatasetDict(train=make_dataset()).save_to_disk(tmp_path / "train")
+    for given in (["--dataset_name", tmp_path / "train"], local["parquet"]):
+        message = refused(*given, "--validation_split", "nope")
+        assert message.startswith("--validation_split: ") and "nope split" in message and "--train_split" not in message
 
 
 def test_captions_beside_images(tmp_path):

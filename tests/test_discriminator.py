@@ -1,6 +1,7 @@
 """The discriminator on frozen features: what it learns, what it leaves alone, and how its images are augmented."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,23 @@ def test_logits_are_of_each_place_of_each_map():
     assert len(places) == 2 and network(images()).shape == (3, sum(places))
     assert network(images(side=64)).shape == (3, sum(places)), "whatever the size of the images"
     assert build(input_size=None)(images(side=64)).shape[1] > sum(places)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: value} for name in ("hidden_channels", "norm_num_groups") for value in ("8", 0)),
+        *({name: [name]} for name in ("backbone", "backbone_weights", "augmentation")),
+        *({"layers": value} for value in ([0, 2], 0)),
+        {"input_size": "32"},
+    ],
+    ids=str,
+)
+def test_config_with_values_of_another_kind(change):
+    """As JSON written by hand has them. Red when one is left out of `require_sizes` or `require_text`."""
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be ") + f".* not {re.escape(repr(value))}"):
+        build(**change)
 
 
 def test_gradient_at_the_image(float64):

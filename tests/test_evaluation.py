@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -549,6 +550,15 @@ def test_reconstructions_that_cannot_be_written(train, photos, capsys):
     assert train_vqgan.main([*more, "--save_reconstructions", str(photos / "0.png")]) == 2
     said = capsys.readouterr().err
     assert "error: --save_reconstructions: " in said and "Traceback" not in said
+
+
+def test_reconstructions_are_not_mixed_with_older_ones(flags, photos, tmp_path, capsys):
+    """Those of fewer images would leave the others' there. Red when the folder is not looked into."""
+    shutil.copytree(photos, tmp_path / "saved" / "original")
+    more = ["--eval_only", "--pretrained_model_name_or_path", "x", "--save_reconstructions", str(tmp_path / "saved")]
+    with pytest.raises(SystemExit):
+        train_vqgan.parse_args([*without(flags, "--model_config_name_or_path"), *more])
+    assert f"--save_reconstructions: {tmp_path / 'saved'} holds images already" in capsys.readouterr().err
 
 
 def test_best_export_from_a_resume_on(train):

@@ -46,7 +46,6 @@ def refused(parse, capsys):
         (["--timm_model_offset", "0"], "--timm_model_layers"),
         (["--enable_xformers_memory_efficient_attention"], "leave it out"),
         (["--log_grad_norm_steps", "500"], "--log_steps"),
-        (["--early_images"], "--validation_steps"),
     ],
 )
 def test_removed_flag_says_what_to_use(refused, flags, advice):
@@ -352,6 +351,20 @@ def test_output_dir_that_holds_a_run(flags, tmp_path, capsys, trace, said):
     errors = capsys.readouterr().err
     assert errors.count("error:") == 1 and f"--output_dir: {tmp_path / 'run'} {said}" in errors
     assert {path.name for path in (tmp_path / "run").iterdir()} == {trace.split("/")[0]}, "a trace was left"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl/", "README.md/", "discriminator", "image_processor"])
+def test_output_dir_where_a_name_is_taken(error, tmp_path, name):
+    """A folder in a file's place, or a file in a folder's: said before anything is trained, and left as it is.
+
+    Red when the name is left out of `claimed_output_dir`.
+    """
+    taken = tmp_path / "taken" / name
+    taken.parent.mkdir()
+    taken.mkdir() if name.endswith("/") else taken.touch()
+    message = error("--output_dir", str(tmp_path / "taken"))
+    assert f"--output_dir: {tmp_path / 'taken'} holds another {taken.name}; choose another directory" in message
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == [taken.name]
 
 
 def test_output_dir_with_something_else_in_it(train, tmp_path):

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from torch import nn
 
 import train_vqgan as tv
-from discriminator import TimmFeatures, choose_stages, lpips_heads
+from discriminator import Discriminator, TimmFeatures, choose_stages, lpips_heads
 
 
-def by_channel(images):
+def by_channel(images, samples=None):
     """A stand-in discriminator whose logits are the images' first channel."""
     return images[:, :1]
 
@@ -63,7 +63,7 @@ def test_discriminator_accuracy_counts_both_kinds_alike():
 def test_discriminator_judges_real_and_fake_in_one_pass():
     sizes = []
 
-    def counting(images):
+    def counting(images, samples):
         sizes.append(len(images))
         return by_channel(images)
 
@@ -164,7 +164,7 @@ def test_default_weights_are_the_documented_ones(flags):
 def test_what_is_left_out_is_not_called(objectives):
     """No discriminator at lambda 0, and no perceptual term without its network. Red when `lam > 0` becomes `>= 0`."""
 
-    def forbidden(images):
+    def forbidden(images, samples):
         raise AssertionError("the discriminator was called")
 
     x, x_hat, codes = example()
@@ -176,12 +176,13 @@ def test_what_is_left_out_is_not_called(objectives):
 
 def test_adversarial_term_moves_the_reconstruction_and_not_the_frozen_discriminator(objectives):
     """d(-mean D)/dx_hat for a linear D. Red when the minus is dropped, or `frozen` does nothing."""
-    discriminator = nn.Conv2d(3, 1, 1)
+    discriminator = Discriminator(hidden_channels=4, depth=1, norm_num_groups=4)
+    discriminator.layers = nn.Conv2d(3, 1, 1)
     x, x_hat, codes = example()
     with tv.frozen(discriminator):
         terms = tv.generator_loss(x, x_hat, codes, None, discriminator, objectives("--pixel_weight", "0"), 0.4)
         tv.weighted_sum(terms).backward()
-    slope = discriminator.weight.detach().view(1, 3, 1, 1) * -0.4 / (2 * 4 * 4)
+    slope = discriminator.layers.weight.detach().view(1, 3, 1, 1) * -0.4 / (2 * 4 * 4)
     torch.testing.assert_close(x_hat.grad, slope.expand_as(x_hat))
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
 

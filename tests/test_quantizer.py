@@ -492,7 +492,7 @@ def trained(flags):
 
 def restart(state, z):
     state.codes.latents = z.unsqueeze(1)
-    state.codes.restart_dead_codes(Accelerator(cpu=True), state)
+    state.codes.restart_dead_codes(state)
 
 
 @pytest.mark.parametrize("norm", ["none", "l2"])
@@ -677,7 +677,7 @@ def test_latent_deviation_is_that_of_the_last_steps():
 
 
 def assert_same_statistics(ours, theirs):
-    ours, theirs = (statistics.state_dict(Accelerator(cpu=True)) for statistics in (ours, theirs))
+    ours, theirs = (statistics.state_dict() for statistics in (ours, theirs))
     assert ours.keys() == theirs.keys() and ours["latents"].shape == (4, 10, DIM)
     for name, value in ours.items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name])), name
@@ -688,11 +688,10 @@ def test_statistics_go_on_where_they_were_saved():
 
     Red when steps, moments, latents, tokens or a count is not in it.
     """
-    accelerator = Accelerator(cpu=True)
     whole, before, after = statistics(), statistics(), statistics()
     expected = recorded(whole, range(40), bad=(30,))
     recorded(before, range(25))
-    after.load_state_dict(before.state_dict(accelerator), accelerator)
+    after.load_state_dict(before.state_dict())
     assert_same_statistics(after, before)
     recorded(after, range(25, 40), bad=(30,))
     assert_same_statistics(after, whole)

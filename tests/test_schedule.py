@@ -143,6 +143,15 @@ def test_warm_up_begins_above_zero(name):
     assert factor(10) == pytest.approx(1, abs=0.01) and (name == "constant_with_warmup" or factor(99) < 0.02)
 
 
+@pytest.mark.parametrize(
+    "name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+)
+def test_warm_up_as_long_as_the_run(name):
+    """Every step has a rate. Red when the run's own length is given to `get_scheduler`: polynomial divides by zero."""
+    factor = train_vqgan.Schedule.learning_rate_factor(name, 10, 10)
+    assert all(0 < factor(step) <= 1 for step in range(10))
+
+
 def test_steps_of_a_resumed_run_in_epochs():
     """40 images of 4 x 20 seen in steps of 4: 40 are left, 5 steps of 8, or 20 of 2; none after all 80."""
     for batch, left in [(8, 5), (2, 20), (4, 10)]:

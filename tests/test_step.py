@@ -165,7 +165,9 @@ def test_discriminator_is_not_run_before_its_start(train, monkeypatch):
     """Red when train_loop calls discriminator_step whatever the weight."""
     calls = []
     forward = train_vqgan.Discriminator.forward
-    monkeypatch.setattr(train_vqgan.Discriminator, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
+    monkeypatch.setattr(
+        train_vqgan.Discriminator, "forward", lambda self, x, samples: calls.append(len(x)) or forward(self, x, samples)
+    )
     train("--max_train_steps", "4", "--discriminator_start", "3", "--discriminator_warmup", "0")
     assert calls == [2, 4]  # one generator pass on x_hat, one concatenated pass on x and x_hat, in the fourth step only
 

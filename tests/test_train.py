@@ -369,11 +369,11 @@ def test_8bit_adam_trains_restarts_codes_and_resumes(train, tmp_path, monkeypatc
     more += "--max_train_steps 6 --codebook_restart_steps 2 --checkpointing_steps 3 --log_steps 1".split()
     restart, seen = train_vqgan.CodeStatistics.restart_dead_codes, []
 
-    def spy(codes, accelerator, state):
+    def spy(codes, state):
         moments = state.optimizers["generator"].optimizer.state
         weight = state.generator.quantize.embedding.weight
         before, kind = weight.detach().clone(), moments[weight]["state1"].dtype
-        restart(codes, accelerator, state)
+        restart(codes, state)
         seen.append((torch.equal(before, weight), kind, weight in moments))
 
     monkeypatch.setattr(train_vqgan.CodeStatistics, "restart_dead_codes", spy)
@@ -753,6 +753,29 @@ def test_plain_weights_win_over_a_variant(pretrained):
         path.unlink()
     with pytest.raises(train_vqgan.UserError, match="--pretrained_model_name_or_path: cannot load .*: .*fp16"):
         build()
+
+
+@pytest.mark.parametrize("kind", ["cut", "no tensors", "other width"])
+def test_pretrained_weights_that_cannot_be_read(pretrained, kind):
+    """One line names the model. Red when OSError, ValueError, or safetensors' own error is not caught."""
+    folder, build = pretrained
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif kind == "no tensors":
+        path.unlink()
+        (folder / "diffusion_pytorch_model.bin").write_bytes(b"an error page")
+    else:
+        rewrite(folder, lambda state: state.update({CODEBOOK: torch.zeros(8, 4)}))
+    with pytest.raises(train_vqgan.UserError, match="--pretrained_model_name_or_path: cannot load .*pretrained: "):
+        build()
+
+
+def test_programming_error_while_loading_is_ours(pretrained, monkeypatch):
+    """It shows its traceback. Red when load_pretrained takes any Exception for the file's fault."""
+    monkeypatch.setattr(train_vqgan.VQModel, "from_pretrained", lambda *places, **options: None.loaded)
+    with pytest.raises(AttributeError, match="loaded"):
+        pretrained[1]()
 
 
 def test_pretrained_weights_that_lack_some(pretrained):
