@@ -670,6 +670,7 @@ def clip_and_step(accelerator, network, optimizer, loss, max_norm):
     fused = optimizer.optimizer.defaults.get("fused")
     if fused and accelerator.scaler is None:
         optimizer.optimizer.found_inf = (~finite).float()
+    # Any other is told by the host, which waits: AdamW on MPS, and 8-bit AdamW, which waits after every weight anyway.
     if fused or accelerator.scaler is not None or finite:
         optimizer.step()
     optimizer.zero_grad()  # now, so that no stale gradient is held while the other player moves
@@ -1132,7 +1133,7 @@ def build_optimizer(network, learning_rate, args):
 
 def compile_networks(generator, discriminator, perceptual, args, device):
     """--torch_compile, in place: names in checkpoints and exports stay as they are."""
-    logger.info("The networks are compiled at the first step, which takes a while; PyTorch keeps it for later runs")
+    logger.info("The networks are compiled at the first step, which takes minutes; PyTorch keeps it for later runs")
     if device.type == "cuda" and not args.use_8bit_adam:  # which makes all weights contiguous
         for network in (generator, discriminator):
             network.to(memory_format=torch.channels_last)  # cuDNN's own; eager group norm would turn it back
@@ -2004,9 +2005,10 @@ class Evaluator:
             with user_error("--frechet_weights", ValueError):
                 features = TimmPooled(args.frechet_backend, args.frechet_weights, args.cache_dir)
             self.frechet[f"frechet_{args.frechet_backend}"] = FrechetInceptionDistance(features)
-        for network in [*self.distances.values(), *self.frechet.values()]:
+        for network in self.distances.values():
             network.to(accelerator.device)
         for metric in self.frechet.values():
+            sums_to_device(metric, accelerator.device)
             metric.orig_dtype = torch.get_default_dtype()  # left unset where a process has no image
 
     @torch.no_grad()
@@ -2106,6 +2108,15 @@ class Evaluator:
             "frechet": {name: metric.real_features_sum.numel() for name, metric in self.frechet.items()},
             "versions": versions(),
         }
+
+
+def sums_to_device(metric, device):
+    """A Frechet distance, its network included. Its sums are float64, which MPS has not: there they stay on the CPU."""
+    if device.type == "mps":
+        metric.inception.to(device)
+        metric.inception.register_forward_hook(lambda network, images, features: features.cpu())
+    else:
+        metric.to(device)
 
 
 def reconstruct(generator, images, args):
@@ -2798,6 +2809,7 @@ def log_training(run, clock, bar):
     metrics |= clock.read(state.samples_seen)
     if accelerator.device.type == "cuda":
         metrics["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        advise_one_batch(run)
     write_metrics(run, metrics)
     names = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "disc", "codebook/used": "codes"}
     shown = ", ".join(f"{name} {metrics[key]:.3g}" for key, name in names.items() if key in metrics)
@@ -2805,6 +2817,17 @@ def log_training(run, clock, bar):
     if bar.disable:
         speed = metrics["speed/images_per_sec"]
         logger.info(f"Step {state.step} of {run.schedule.steps}: {shown}, {speed:.3g} images/s")
+
+
+def advise_one_batch(run):
+    """One line, once, where a GPU's memory would hold a step's micro-batches as one: launching small ones takes longer."""
+    micro_batches, said = run.args.gradient_accumulation_steps, run.watch.warned
+    room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    if micro_batches == 1 or "one batch" in said or micro_batches * torch.cuda.max_memory_reserved() > room:
+        return
+    said.add("one batch")
+    whole = f"--train_batch_size {micro_batches * run.args.train_batch_size} --gradient_accumulation_steps 1"
+    logger.info(f"Small batches keep a GPU waiting: {whole} is the same step, and fits in memory")
 
 
 def warn_of_discriminator(run, metrics):
@@ -3149,10 +3172,6 @@ def start_accelerator(args):
         torch.backends.cudnn.fp32_precision = "tf32" if args.allow_tf32 else "ieee"  # a process may have set others
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             logger.warning("--mixed_precision bf16: this GPU only emulates it, slowly; use fp16")
-        if args.gradient_accumulation_steps > 1:
-            whole = f"--train_batch_size {args.train_batch_size * args.gradient_accumulation_steps}"
-            whole += " --gradient_accumulation_steps 1"
-            logger.info(f"Small batches keep a GPU waiting: if memory allows, {whole} is the same step")
     return accelerator
 
 

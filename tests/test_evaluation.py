@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -16,6 +17,7 @@ import torch
 import torchmetrics
 from accelerate import Accelerator
 from conftest import REPOSITORY, TINY_MODEL, equal, launch, metrics, weights, without
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 import train_vqgan
 
@@ -139,6 +141,41 @@ def test_frechet_distance_is_the_formula(evaluate, trained, hundred_and_one, tmp
     cross = np.sqrt(np.linalg.eigvalsh(root @ s_hat @ root).clip(0)).sum()
     expected = ((m - m_hat) ** 2).sum() + np.trace(s) + np.trace(s_hat) - 2 * cross
     assert expected > 1e-3 and found["val/frechet_test_convnext"] == pytest.approx(expected, rel=1e-3)
+
+
+class Colours(torch.nn.Module):
+    """Features for a Frechet distance: mean colours."""
+
+    num_features = 3
+
+    def forward(self, images):
+        return images.float().mean((2, 3))
+
+
+class ColoursElsewhere(Colours):
+    """On a device that is not there: they can only be fetched from it."""
+
+    device = "cpu"
+
+    def to(self, device):
+        self.device = device
+
+    def forward(self, images):
+        return SimpleNamespace(cpu=lambda: super(ColoursElsewhere, self).forward(images))
+
+
+def test_frechet_sums_stay_on_the_cpu_with_mps():
+    """MPS has no float64: the network works there, the sums stay in float64 here. Red when all of it is moved."""
+    torch.manual_seed(0)
+    mps, sets, found = SimpleNamespace(type="mps"), torch.rand(2, 50, 3, 4, 4), []
+    for network, device in ((ColoursElsewhere(), mps), (Colours(), torch.device("cpu"))):
+        metric = FrechetInceptionDistance(network)
+        train_vqgan.sums_to_device(metric, device)
+        for real, images in enumerate(sets):
+            metric.update(images, real=bool(real))
+        assert metric.real_features_cov_sum.dtype == torch.float64
+        found.append((metric.compute().item(), getattr(network, "device", device)))
+    assert found[0][0] == found[1][0] > 1e-4 and found[0][1] is mps
 
 
 @pytest.mark.slow

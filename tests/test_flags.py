@@ -506,16 +506,6 @@ def test_gpu_that_only_emulates_bf16(flags, on_cuda, caplog, kind, said):
     assert any("use fp16" in record.message for record in caplog.records) == said
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
-def test_gpu_that_waits_for_small_batches(flags, on_cuda, caplog, micro_batches):
-    """Red when the batch is not multiplied, and without accumulation when there is nothing to say."""
-    caplog.set_level("INFO", "train_vqgan")
-    more = ["--train_batch_size", "2", "--gradient_accumulation_steps", str(micro_batches)]
-    train_vqgan.start_accelerator(train_vqgan.parse_args([*flags, *more]))
-    said = [record.message for record in caplog.records if "keep a GPU waiting" in record.message]
-    assert len(said) == (micro_batches > 1) and all("--train_batch_size 8 " in line for line in said)
-
-
 @pytest.mark.parametrize("kind", ["pipe", "byte order mark"])
 def test_recipe_from_elsewhere(tmp_path, kind):
     """Red when the recipe is read twice, of which a pipe gives nothing, or when an editor's mark is part of a flag."""

@@ -1,14 +1,17 @@
 """What training does on a GPU, checked without one: types under CUDA's autocast, layouts, waits, and copies."""
 
+import itertools
 import json
+import warnings
 from collections import Counter, defaultdict
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_MODEL, exported, metrics
+from conftest import TINY_MODEL, exported, metrics, without
 from diffusers.models.resnet import ResnetBlock2D
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -214,3 +217,107 @@ def test_no_wait_and_one_copy_back_in_a_step(flags, tmp_path, monkeypatch, more)
         train_vqgan.train_loop(run, iter([micro_batches] * 3))
     assert run.state.step == 3 and run.state.codes.since_log.is_meta
     assert seen.copies == {("torch.uint8", "meta"): 3 * len(micro_batches), ("torch.float32", "cpu"): 3}
+
+
+@pytest.mark.parametrize("source", [["--train_data_dir"], ["--streaming", "--dataset_name"]])
+def test_micro_batches_are_pinned(flags, photos, tmp_path, monkeypatch, source):
+    """The step gets the very memory that the loader pinned: a copy of other memory to the device would wait.
+
+    Red when streams are not pinned, and when a micro-batch is copied on its way.
+    """
+    pinned = []
+
+    def pin(x):
+        pinned.append(x.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    more = [*source, str(photos), "--cache_dir", str(tmp_path / "cache")]
+    args = train_vqgan.parse_args([*without(flags, "--train_data_dir"), *more])
+    process = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cuda"))
+    (items, *_), positions, watch = train_vqgan.load_data(args, 0), {}, train_vqgan.Watch()
+    batches = train_vqgan.training_batches(items, args, 0, 0, process, watch, positions)
+    steps = itertools.islice(train_vqgan.step_batches(batches, 2, 2, watch, positions), 2)
+    got = [x for micro_batches in steps for x in micro_batches]
+    assert len(got) == len(pinned) == 4 and all(x is other for x, other in zip(got, pinned))
+
+
+@pytest.mark.parametrize("micro_batches, free, said", [(4, 31, True), (4, 29, False), (1, 99, False)])
+def test_small_batches_that_memory_would_hold_as_one(flags, monkeypatch, caplog, micro_batches, free, said):
+    """One line on a GPU, whose memory says so: 4 times 10 GiB fit in 30 free ones and the 10. None elsewhere.
+
+    Red when memory is not asked, when what the run holds itself counts as taken, without accumulation, and when it comes
+    again.
+    """
+    caplog.set_level("INFO", "train_vqgan")
+    args = train_vqgan.parse_args([*flags, "--gradient_accumulation_steps", str(micro_batches)])
+    run = train_vqgan.Run(args, train_vqgan.start_accelerator(args))
+    sizes = {"memory_reserved": 10, "max_memory_reserved": 10, "max_memory_allocated": 9}
+    for name, size in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda size=size: size * 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 80 * 2**30))
+    bar = SimpleNamespace(disable=True, set_postfix_str=lambda text: None)
+    for device in ("cpu", "cuda", "cuda"):
+        monkeypatch.setattr(type(run.accelerator), "device", property(lambda self, kind=device: torch.device(kind)))
+        train_vqgan.log_training(run, train_vqgan.Clock(0), bar)
+        lines = [record.message for record in caplog.records if "keep a GPU waiting" in record.message]
+        assert len(lines) == (said and device == "cuda")
+    assert all("--train_batch_size 8 --gradient_accumulation_steps 1 is the same step" in line for line in lines)
+
+
+def test_fused_only_where_it_skips():
+    """The fused AdamW of other devices may overlook found_inf. Red when it is fused everywhere, or nowhere."""
+    args = train_vqgan.parse_args([])
+    for device, fused in (("cpu", True), ("meta", False)):
+        optimizer = train_vqgan.build_optimizer(torch.nn.Linear(2, 2, device=device), 0.1, args)
+        assert optimizer.defaults["fused"] is fused
+
+
+@pytest.mark.parametrize("blur_pool", [False, True])
+def test_ddp_is_asked_for_nothing_deprecated(flags, blur_pool):
+    """And sends a constant buffer around without harm. Red when it is told broadcast_buffers=False."""
+    accelerator = train_vqgan.start_accelerator(train_vqgan.parse_args(flags))
+    network = train_vqgan.Discriminator(hidden_channels=8, depth=1, norm_num_groups=4, blur_pool=blur_pool)
+    buffers = [buffer.clone() for buffer in network.buffers()]
+    assert bool(buffers) == blur_pool
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            wrapped = torch.nn.parallel.DistributedDataParallel(network, **accelerator.ddp_handler.to_kwargs())
+            for _ in range(2):
+                wrapped(torch.zeros(2, 3, 16, 16)).mean().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(before, buffer) for before, buffer in zip(buffers, network.buffers()))
+
+
+# ---- Graphs
+
+
+@pytest.mark.parametrize("discriminator", ["patches", "features"])
+def test_graphs_are_whole_and_made_once(flags, tmp_path, monkeypatch, discriminator):
+    """--torch_compile, without the compiler: five graphs, of encoder, decoder, perceptual loss and the discriminator, as
+    a judge and in training; none for another weight of the adversary, nor for images of another size in validation.
+
+    Red when a network prints or asks for a value, and when validation is compiled, too.
+    """
+    if discriminator == "features":
+        (tmp_path / "discriminator.json").write_text(json.dumps(FEATURES))
+    real, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: real(self, backend="eager", **how))
+    torch._dynamo.reset()
+    counters.clear()
+    args = train_vqgan.parse_args([*flags, "--torch_compile", "--use_ema", "--discriminator_start", "0"])
+    run = train_vqgan.Run(args, train_vqgan.start_accelerator(args))
+    made, images = [], torch.zeros(2, 3, 16, 16)
+    for lam in (0.1, 0.2):
+        pairs = train_vqgan.generator_step(run, [images], lam)
+        train_vqgan.discriminator_step(run, pairs)
+        made.append(counters["stats"]["unique_graphs"])
+        with train_vqgan.as_exported(run.state), torch.no_grad(), train_vqgan.exact_fp32():
+            train_vqgan.reconstruct(run.state.generator, torch.zeros(1, 3, 24, 32, dtype=torch.uint8), args)
+    assert made == [5, 5] and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 5
+    torch._dynamo.reset()
