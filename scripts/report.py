@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import re
-import shlex
 import sys
 from html import escape
 from pathlib import Path
@@ -49,7 +48,7 @@ FIGURE = """
 def read_run(folder, colour):
     """What is known of a run: its metrics as `lines`, the last held-out ones, pictures {step: file}, flags, configs.
 
-    Flags and configs are those of the newest export, the flags as its model card has them. UserError where none is.
+    Flags, command and configs are those of the newest export and its model card. UserError where none is.
     """
     run = SimpleNamespace(output_dir=folder, name=folder.resolve().name, colour=colour, configs={})
     exports = [folder, *reversed(train_vqgan.checkpoints(folder))] if folder.is_dir() else []
@@ -61,6 +60,7 @@ def read_run(folder, colour):
         run.strips = {int(path.stem.removeprefix("step-")): path for path in folder.glob("validation/step-*.png")}
         card = (newest / "README.md").read_text(encoding="utf-8")
         run.flags = dict(re.findall(r"^([\w/]+): (.*)$", card.rpartition("\nFlags")[2], re.M))
+        run.command = "".join(re.findall(r"```bash\n(.*?)\n```", card, re.S))
         for network in ("vqmodel", "discriminator"):
             config = json.loads((newest / network / "config.json").read_text())
             run.configs |= {f"{network} {key}": value for key, value in config.items() if not key.startswith("_")}
@@ -138,20 +138,6 @@ def table(runs, columns):
     return f'<table cellspacing="0">{"".join(f"<tr>{row}</tr>" for row in rows)}</table>'
 
 
-def command(run):
-    """With the flags that differ from the defaults."""
-    words, parser = ["accelerate", "launch", "train_vqgan.py"], train_vqgan.build_parser()
-    defaults = vars(train_vqgan.parse_args([]))
-    for name, value in run.flags.items():
-        default = defaults.get(name, value)  # what was derived is no flag
-        if isinstance(default, bool) and value != str(default):
-            words.append(f"--{name}" if value == "True" else f"--no-{name}")
-        elif value != str(default):
-            several = parser._option_string_actions[f"--{name}"].nargs
-            words += [f"--{name}", *(value.split() if several else [value])]
-    return shlex.join(words)
-
-
 def page(runs, n_steps):
     """HTML."""
     legend = " ".join(label(run) for run in runs)
@@ -164,7 +150,7 @@ def page(runs, n_steps):
         "Use of the codebook": f"<p>{legend}</p>{charts(runs, of_codebook=True)}",
         "Configs": table(runs, [run.configs for run in runs]),
         "Flags, and after derived what followed from them": table(runs, [run.flags for run in runs]),
-        "Commands": "".join(f"<p>{label(run)}</p><pre>{escape(command(run))}</pre>" for run in runs),
+        "Commands": "".join(f"<p>{label(run)}</p><pre>{escape(run.command)}</pre>" for run in runs),
     }
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections.items())
     head = f'<meta charset="utf-8"><title>{escape(", ".join(run.name for run in runs))}</title><style>{STYLE}</style>'
