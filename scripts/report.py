@@ -21,7 +21,7 @@ import PIL.Image
 import torch
 
 import train_vqgan
-from train_vqgan import UserError, require, user_error
+from train_vqgan import UserError, number, require, user_error
 
 COLOURS = ["#4269d0", "#ff725c", "#3ca951", "#a463f2", "#efb118", "#6cc5b0", "#ff8ab7", "#9c6b4e"]
 DASHED = {"disc/fake": "disc/real", "val/codebook_bound": "val/codebook_used"}  # drawn in the other one's chart
@@ -75,7 +75,7 @@ def pictures(run, n_steps):
     """Of some validations, the last among them: image and reconstruction under a slider, and their difference."""
     steps, made = sorted(run.strips), []
     names = [Path(name).name for name in run.flags.get("validation_images", "").split()]
-    for place in np.linspace(0, len(steps) - 1, min(n_steps, len(steps))).round().astype(int):
+    for place in np.linspace(len(steps) - 1, 0, min(n_steps, len(steps))).round().astype(int):
         strip = run.strips[steps[place]]
         with PIL.Image.open(strip) as image:
             side = image.width // 3
@@ -88,7 +88,7 @@ def pictures(run, n_steps):
         style = f"--side: {side * math.ceil(160 / side)}px; --strip: url(data:image/png;base64,{data})"
         shown = "open" if steps[place] == steps[-1] else ""
         made.append(f'<details {shown} style="{style}"><summary>step {steps[place]}</summary>{figures}</details>')
-    return f"<h3>{label(run)}</h3>{''.join(reversed(made)) or 'No --validation_images.'}"
+    return f"<h3>{label(run)}</h3>{''.join(made) or 'No --validation_images.'}"
 
 
 def charts(runs, of_codebook):
@@ -162,7 +162,9 @@ def main(argv=None):
     parser = train_vqgan.Parser(prog="report.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("output_dirs", nargs="+", type=Path, metavar="OUTPUT_DIR", help="what training runs wrote")
     parser.add_argument("--output", type=Path, help="file to write (default: report.html in the first OUTPUT_DIR)")
-    parser.add_argument("--validations", type=int, default=4, help="validations to show of each run (default: 4)")
+    parser.add_argument(
+        "--validations", type=number(int, 1), default=4, help="how many to show of each run (default: 4)"
+    )
     args = parser.parse_args(argv)
     output = args.output or args.output_dirs[0] / "report.html"
     try:

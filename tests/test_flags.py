@@ -207,13 +207,14 @@ PATHS = {
 
 @pytest.mark.parametrize("flag, path", [(flag, path) for flag in PATHS for path in PATHS[flag]])
 def test_path_that_is_not_there(refused, tmp_path, flag, path):
-    """Red when the flag has no `accepted` type, or another one."""
+    """Red when the flag has no `accepted` type, or another one, or a file of weights gets no hint."""
     (tmp_path / "a-file").touch()
     message = refused(flag, path)
     kind = "folder" if flag.endswith("_dir") else "file"
     expected = f"{path} is a single file" if "pretrained" in flag else f"no such {kind}: {path}"
     expected = {"": "is empty", "a-file": f"{path} is a "}.get(path, expected)
     assert message.startswith(f"argument {flag}: {expected}")
+    assert ("scripts/convert_to_diffusers.py makes" in message) == ("pretrained" in flag and path == "a-file")
 
 
 @pytest.mark.parametrize(

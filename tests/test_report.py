@@ -54,6 +54,15 @@ def test_page_of_one_run(run):
     assert {"loss/pixel", "codebook/used", "codebook/perplexity", "opt/grad_norm", "val/psnr_n2"} <= drawn
 
 
+def test_the_last_validations_are_shown(run, capsys):
+    """The newest first. Red when one alone is the first of all, or their order is that of time."""
+    assert re.findall(r"<summary>step (\d+)<", made(run)) == ["2", "1"]
+    assert re.findall(r"<summary>step (\d+)<", made(run, "--validations", 1)) == ["2"]
+    with pytest.raises(SystemExit):
+        report.main([str(run), "--validations", "0"])
+    assert "argument --validations: must be" in capsys.readouterr().err
+
+
 def test_command_is_that_of_the_card(run):
     """Red when it is not read, or not escaped."""
     (command,) = re.findall(r"<pre>(.*?)</pre>", made(run), re.S)
