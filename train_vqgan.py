@@ -2536,7 +2536,6 @@ import PIL.Image
 import torch
 from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
-
 repository = "{run.repository or "."}"  # on the Hub, or the folder of this file
 model = VQModel.from_pretrained(repository, subfolder="{place}vqmodel")
 processor = VaeImageProcessor.from_config(VaeImageProcessor.load_config(repository, subfolder="{place}image_processor"))
