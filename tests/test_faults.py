@@ -660,7 +660,7 @@ import sys
 sys.path.insert(0, {repository!r})
 import train_vqgan
 train_vqgan.create_repository = lambda args: "me/model"
-train_vqgan.upload = lambda args, repository: None
+train_vqgan.upload = lambda run, folder: None
 if __name__ == "__main__":
     sys.exit(train_vqgan.main())
 """

@@ -1,9 +1,11 @@
 """Flags: what is refused and with which words, what needs or excludes another, and defaults."""
 
 import os
+import tomllib
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 import train_vqgan
 from train_vqgan import EXCLUDES, NEEDS
@@ -105,6 +107,7 @@ WEIGHTS += ["learning_rate", "discr_learning_rate", "adam_weight_decay", "max_gr
     + [(flag, bad) for flag in COUNTS for bad in ("-1", "nan", "1.5")]
     + [(flag, bad) for flag in WEIGHTS for bad in ("-1", "nan", "inf", "much")]
     + [("resolution", bad) for bad in ("0", "-1", "nan", "64.5")]
+    + [("push_every", bad) for bad in ("0", "-1", "1.5")]
     + [("num_train_epochs", bad) for bad in ("0", "-1", "nan", "inf")]
     + [("adam_epsilon", bad) for bad in ("0", "-1", "nan")]
     + [("ema_decay", bad) for bad in ("1.5", "-0.1", "nan")]
@@ -203,13 +206,14 @@ PATHS = {
 
 @pytest.mark.parametrize("flag, path", [(flag, path) for flag in PATHS for path in PATHS[flag]])
 def test_path_that_is_not_there(refused, tmp_path, flag, path):
-    """Red when the flag has no `accepted` type, or another one."""
+    """Red when the flag has no `accepted` type, or another one, or a file of weights gets no hint."""
     (tmp_path / "a-file").touch()
     message = refused(flag, path)
     kind = "folder" if flag.endswith("_dir") else "file"
     expected = f"{path} is a single file" if "pretrained" in flag else f"no such {kind}: {path}"
     expected = {"": "is empty", "a-file": f"{path} is a "}.get(path, expected)
     assert message.startswith(f"argument {flag}: {expected}")
+    assert ("scripts/convert_to_diffusers.py makes" in message) == ("pretrained" in flag and path == "a-file")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +249,7 @@ def test_value_range_that_is_none(refused, low, high):
 
 def given(name, photos):
     """The flag with a value, and what else it needs."""
-    values = {"validation_fraction": "0.5", "max_train_samples": "5", "train_only": "decoder"}
+    values = {"validation_fraction": "0.5", "max_train_samples": "5", "train_only": "decoder", "push_every": "2"}
     values |= {
         "shuffle_buffer": "7",
         "train_data_dir": str(photos),
@@ -253,7 +257,7 @@ def given(name, photos):
         "fid_weights": str(photos / "0.png"),
     }
     words = [f"--{name}"]
-    if name not in ("streaming", "push_to_hub", "fid", "eval_only"):
+    if name not in ("streaming", "push_to_hub", "hub_private", "fid", "eval_only"):
         words.append(values.get(name, "owner/name"))
     words += {"streaming": ["--max_train_steps", "5"], "eval_only": ["--seed", "0"]}.get(name, [])
     return words + [word for needed, names in NEEDS.items() if name in names for word in given(needed, photos)]
@@ -292,6 +296,7 @@ def test_no_part_of_the_training_images_is_held_out(parse, photos, flag):
         (["--short_side", "64", "--resolution", "128"], ["--short_side", "64", "--resolution", "128"]),
         (["--random_scale", "0.9", "1.25"], ["--random_scale", "0.9 times", "--resolution", "256"]),
         (["--random_scale", "2", "1"], ["--random_scale", "got 2 1"]),
+        (["--push_to_hub", "--push_every", "2", "--checkpointing_steps", "0"], ["--push_every: needs --checkpointing"]),
     ],
 )
 def test_what_cannot_work_is_refused(refused, flags, words):
@@ -545,3 +550,14 @@ def test_home_directory(monkeypatch, tmp_path, flag):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = train_vqgan.parse_args([f"{flag}=~/data"])
     assert getattr(args, flag.removeprefix("--")) == str(tmp_path / "data")
+
+
+def test_uv_installs_what_pip_does():
+    """Red when a requirement is changed in one place only."""
+    lines = (REPOSITORY / "train_vqgan.py").read_text().splitlines()
+    block = lines[lines.index("# /// script") + 1 : lines.index("# ///")]
+    metadata = tomllib.loads("\n".join(line.removeprefix("#") for line in block))
+    requirements, _, rest = (REPOSITORY / "requirements.txt").read_text().partition("# tests only")
+    wanted = [line.partition("#")[0].strip() for line in requirements.splitlines()]
+    assert rest and metadata["dependencies"] == [line for line in wanted if line]
+    assert metadata["requires-python"] == ">=3.11"  # of hashlib.file_digest
