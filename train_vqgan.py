@@ -27,6 +27,7 @@ import argparse
 import ctypes
 import difflib
 import errno
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -1419,6 +1420,11 @@ def training_batches(items, args, seed, start, accelerator, watch, positions):
             workers = min(workers, max(1, items.num_shards // world))
         begin_pass(positions, max(1, workers))
         data, how = ShardStream(items, args, seed, start, accelerator, positions), {"batch_size": None}
+        # Connections are closed here: a forked worker would close those it inherits, and so take them out of the epoll
+        # set that it shares with this process, which then would wait for ever for what it reads next, to validate.
+        for kind in {*fsspec.registry.values()}:
+            kind.clear_instance_cache()
+        gc.collect()
     else:
         watch.pass_length = -(-len(items) // world)
         data, how = SampleStream(items, args, seed), {"batch_size": args.train_batch_size, "collate_fn": collate}
