@@ -1496,8 +1496,8 @@ class ShardStream(IterableDataset):
     def shuffled(self, pairs, seed):
         """The pairs drawn from a buffer, with the position of the last one read. It gives while it fills, one for two.
 
-    That of `datasets` counts images, not bytes, and gives none before it is full.
-    """
+        That of `datasets` counts images, not bytes, and gives none before it is full.
+        """
         held, size, rng = [], 0, random.Random(seed)
         most = self.args.shuffle_buffer if self.args.shuffle_buffer is not None else math.inf
         room = self.args.shuffle_buffer_mb * 2**20 / len(self.turns)
