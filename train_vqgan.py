@@ -33,6 +33,7 @@ import argparse
 import ctypes
 import difflib
 import errno
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -69,7 +70,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # waiting threads let go of a C
 import datasets
 import fsspec
 import numpy as np
-import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import PIL.PngImagePlugin
@@ -102,7 +102,6 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchvision.io import ImageReadMode, decode_jpeg
 from tqdm.auto import tqdm
 
 from discriminator import (
@@ -1217,21 +1216,16 @@ class Unreadable(Exception):
 
 def read_image(item, args, reduced_to=None):
     """RGB PIL image of what `open_image` takes. JPEGs are decoded at 1/2, 1/4 or 1/8 where both sides stay as long as
-    `reduced_to`, or as twice the resolution where they are too large; with `reduced_to` others may come as a tensor.
+    `reduced_to`, or as twice the resolution where they are too large.
     """
     try:
         image = open_image(item)
-        whole = image.size
         if reduced_to or math.prod(image.size) > MAX_PIXELS:
             least = reduced_to or 2 * args.resolution
             image.draft(None, (least, least))
         pixels = math.prod(image.size)
         if pixels > MAX_PIXELS:
             raise ValueError(f"{pixels / 1e6:.0f} megapixels, at most {MAX_PIXELS / 1e6:.0f} fit; make it smaller")
-        if reduced_to and image.size == whole and image.format == "JPEG" and image.mode == "RGB":
-            x = decode_plain_jpeg(image)
-            if x is not None:
-                return x
         image.load()  # here, as exif_transpose would swallow a decoder's error
     except UserError:
         raise
@@ -1244,36 +1238,19 @@ def read_image(item, args, reduced_to=None):
             raise Unreadable(one_line(error)) from error
 
 
-def decode_plain_jpeg(image):
-    """uint8 [3, height, width] of a JPEG that is open in Pillow, by torchvision, which is faster at it; None where it is
-    to be turned, or damaged: Pillow decides what of it counts.
-    """
-    if "exif" in image.info and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
-        return None
-    image.fp.seek(0)
-    with suppress(RuntimeError):
-        return decode_jpeg(torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8), ImageReadMode.RGB)
-    image.fp.seek(0)
-
-
 def to_square(image, resolution, rng=None, flip=False, short_side=None):
-    """RGB PIL image, or uint8 [3, height, width], to uint8 [3, resolution, resolution]: short side resized (antialiased
-    bicubic) and cropped.
+    """RGB PIL image to uint8 [3, resolution, resolution]: short side resized (antialiased bicubic) and cropped.
 
     The short side becomes `short_side` pixels, or `resolution`. The crop is the centre without `rng`, else drawn from
     it. Only the crop is resized, by torch: as Pillow to one level of 256, in half the time.
     """
-    width, height = image.size if isinstance(image, PIL.Image.Image) else (image.shape[2], image.shape[1])
-    shortest, short_side = min(width, height), short_side or resolution
+    shortest, short_side = min(image.size), short_side or resolution
     side = max(1, round(resolution * shortest / short_side))  # of the crop, before it is resized
-    room = [max(0, round(length * short_side / shortest) - resolution) for length in (width, height)]
+    room = [max(0, round(length * short_side / shortest) - resolution) for length in image.size]
     left, top = [round((rng.randint(0, r) if rng else r / 2) * shortest / short_side) for r in room]
-    left, top = min(left, width - side), min(top, height - side)
-    if isinstance(image, PIL.Image.Image):
-        pixels = np.array(image.crop((left, top, left + side, top + side)))
-        x = torch.from_numpy(pixels).permute(2, 0, 1)
-    else:
-        x = image[:, top : top + side, left : left + side]
+    left, top = min(left, image.width - side), min(top, image.height - side)
+    pixels = np.array(image.crop((left, top, left + side, top + side)))
+    x = torch.from_numpy(pixels).permute(2, 0, 1)
     if side != resolution:
         x = F.interpolate(x.unsqueeze(0), (resolution, resolution), mode="bicubic", antialias=True)[0]
     return x.flip(2) if flip else x
@@ -1438,6 +1415,11 @@ def training_batches(items, args, seed, start, accelerator, watch, positions):
         begin_pass(positions, max(1, workers))
         data = ShardStream(items, args, seed, start, accelerator, positions)
         options = {"batch_size": None}
+        # Connections are closed here: a forked worker would close those it inherits, and so take them out of the epoll
+        # set that it shares with this process, which then would wait for ever for what it reads next, to validate.
+        for kind in {*fsspec.registry.values()}:
+            kind.clear_instance_cache()
+        gc.collect()
     else:
         watch.pass_length = math.ceil(len(items) / world)
         data, order = SampleStream(items, args, seed), itertools.count(start + rank, world)
@@ -1531,7 +1513,10 @@ class ShardStream(IterableDataset):
         raise UserError(f"--dataset_name: {self.args.dataset_name} has no images in its train split")
 
     def shuffled(self, pairs, seed):
-        """The pairs drawn from a buffer, with the position of the last one read. It gives while it fills, one for two."""
+        """The pairs drawn from a buffer, with the position of the last one read. It gives while it fills, one for two.
+
+        That of `datasets` counts images, not bytes, and gives none before it is full.
+        """
         held, size, rng = [], 0, random.Random(seed)
         most = self.args.shuffle_buffer if self.args.shuffle_buffer is not None else math.inf
         room = self.args.shuffle_buffer_mb * 2**20 / len(self.turns)
@@ -1790,6 +1775,8 @@ def listed_files(name):
 def read_tars(tars, column, version=None):
     """Rows of webdataset archives: the first image of each sample, files of one stem; or what has the suffix `column`.
 
+    The reader of `datasets` takes its columns from five samples: where suffixes differ it fails, or gives no image; it
+    reads and decodes all other members, too; and an archive that is cut ends the run.
     version: of the archives, for the cache of `datasets`.
     """
     for tar in tars:

@@ -150,3 +150,11 @@ def test_shards_are_shared_evenly(capsys):
 
     assert streams.main(["--processes", "5", "--workers", "3", "--shards", "49", "--passes", "7"]) == 0
     assert "no sample twice in a pass, and none left out | yes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_server_of_shards(kind):
+    """Two processes x two data workers, killed and resumed. Red when a reader's state is not loaded."""
+    import streams
+
+    assert streams.table(streams.served(kind, shards=4, per_shard=32, batch=4)) == 0
