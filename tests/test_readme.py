@@ -3,15 +3,12 @@
 import argparse
 import importlib.util
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from conftest import REPOSITORY, TINY_DISCRIMINATOR, TINY_MODEL
 
 import train_vqgan
@@ -39,7 +36,7 @@ SHORT = [
 SMALL = ["--resolution=32", "--model_config_name_or_path=tiny.json", "--discriminator_config_name_or_path=small.json"]
 # By words that only this command has: what is appended to run it on two cores without a network, in the README's order.
 RUN = {
-    "@recipes/demo.args": [*OFFLINE, *SHORT, "--checkpointing_steps=1"],
+    "@recipes/demo.args": [*OFFLINE, *SHORT, "--output_dir=demo"],  # a recipe's own is in the repository
     "--random_flip --mixed_precision=bf16": [*OFFLINE, *SHORT, *SMALL, "--output_dir=photos-run"],
     "--eval_only --pretrained_model_name_or_path=demo": OFFLINE,
     "scripts/report.py demo": [],
@@ -73,18 +70,25 @@ class Parsed(Exception):
     """Where a script without a parse_args of its own has read its flags."""
 
 
+def script_of(command):
+    """Its module, and what the command gives it."""
+    words = shlex.split(command, comments=True)
+    (at,) = [i for i, word in enumerate(words) if word.endswith(".py")]
+    if words[at] == "train_vqgan.py":
+        return train_vqgan, words[at + 1 :]
+    spec = importlib.util.spec_from_file_location("script", REPOSITORY / words[at])
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script, words[at + 1 :]
+
+
 @pytest.mark.parametrize("command", [command for command in COMMANDS if ".py" in command])
 def test_commands_parse(command, monkeypatch, photos):
     """By the script's own parser. Red when a flag in it is misspelt."""
     monkeypatch.chdir(REPOSITORY)
-    words = [word.replace("path/to/photos", str(photos)) for word in shlex.split(command, comments=True)]
-    (at,) = [i for i, word in enumerate(words) if word.endswith(".py")]
-    spec = importlib.util.spec_from_file_location("script", REPOSITORY / words[at])
-    script = train_vqgan if words[at] == "train_vqgan.py" else importlib.util.module_from_spec(spec)
-    if script is not train_vqgan:
-        spec.loader.exec_module(script)
+    script, argv = script_of(command.replace("path/to/photos", str(photos)))
     if hasattr(script, "parse_args"):
-        script.parse_args(words[at + 1 :])
+        script.parse_args(argv)
         return
     original = argparse.ArgumentParser.parse_args
 
@@ -94,36 +98,30 @@ def test_commands_parse(command, monkeypatch, photos):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     with pytest.raises(Parsed):
-        script.main(words[at + 1 :])
+        script.main(argv)
 
 
-@pytest.fixture(scope="module")
-def newcomer(tmp_path_factory, photos):
-    """A copy of the repository as a newcomer has it, with a folder of photographs."""
-    folder = tmp_path_factory.mktemp("newcomer") / "repository"
+@pytest.mark.slow
+def test_commands_run(monkeypatch, tmp_path, photos):
+    """As they stand, one after another, in a copy of the repository, with the flags of RUN; the launcher is left out.
+
+    Red when one of them fails, such as without what the one before it should have made.
+    """
+    folder = tmp_path / "repository"
     left_out = (REPOSITORY / ".gitignore").read_text().replace("/", "").split()
     shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns(".git", *left_out))
     shutil.copytree(photos, folder / "path" / "to" / "photos")
     (folder / "tiny.json").write_text(json.dumps(TINY_MODEL))
     (folder / "small.json").write_text(json.dumps(TINY_DISCRIMINATOR))
-    return folder
-
-
-@pytest.mark.slow
-def test_commands_run(newcomer):
-    """As they stand, one after another, with the flags of RUN. Red when one of them fails, such as without its input."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    monkeypatch.chdir(folder)
     ran = []
     for command in COMMANDS:
         (words,) = entry(command)
         if words in RUN:
-            line = shlex.join([*shlex.split(command, comments=True), *RUN[words]])
-            done = subprocess.run(
-                ["bash", "-c", line], cwd=newcomer, env=environment, capture_output=True, text=True, timeout=600
-            )
-            assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+            script, argv = script_of(command)
+            assert script.main([*argv, *RUN[words]]) == 0, command
             ran.append(words)
+            AcceleratorState._reset_state(reset_partial_state=True)
     assert set(ran) == set(RUN)
     for made in (
         "demo/vqmodel",
@@ -132,7 +130,7 @@ def test_commands_run(newcomer):
         "photos-run/vqmodel",
         "tuned/vqmodel",
     ):
-        assert (newcomer / made).exists(), made
+        assert (folder / made).exists(), made
 
 
 @pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "benchmarks" / "README.md"], ids=lambda page: page.name)
