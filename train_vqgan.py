@@ -3261,7 +3261,7 @@ def train(args):
         for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
             with keep_going("finish the trackers", Exception):
                 tracker.finish()
-                if tracker.name == "wandb":
+                if tracker.name == "wandb" and (output / "wandb").is_dir():  # not with WANDB_MODE=disabled
                     (output / "wandb" / "finished").write_text(f"{tracker.run.id} {state.step}")
         accelerator.trackers.clear()  # end_training would finish them again
         unsaved = f"--output_dir: the last checkpoint could not be saved in {output}, see above; {how_to_go_on(output)}"

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -117,7 +118,7 @@ def failing_at(monkeypatch, step):
 def test_wandb_of_a_run_that_goes_on(tracked):
     """One run of two parts, with the best of both; nothing when there is nothing left to do.
 
-    Red when `finished` is not written, or a finished run starts the trackers again.
+    Red when `finished` is not written, or a run without steps to take starts the trackers.
     """
     run = tracked("--max_train_steps", "4")
     tracked("--resume_from_checkpoint", "latest")
@@ -133,7 +134,7 @@ def test_wandb_of_a_run_that_goes_on(tracked):
 def test_wandb_of_a_run_that_takes_steps_again(tracked, monkeypatch, how):
     """A new run with the whole history: what the one before lacks, or has too much, is not in it.
 
-    Red when the one before goes on, or the lines of metrics.jsonl are not told.
+    Red when the one before goes on whatever its last step, or the lines of metrics.jsonl are not told.
     """
     with monkeypatch.context() as patch:
         if how != "back":
@@ -159,7 +160,7 @@ def test_wandb_of_a_run_that_takes_steps_again(tracked, monkeypatch, how):
 
 
 def test_wandb_of_a_branch(tracked, tmp_path):
-    """Another output directory is another run. Red when its id comes from the checkpoint."""
+    """Another output directory is another run. Red when the id is always the same."""
     run = tracked("--max_train_steps", "4")
     branch = tracked("--resume_from_checkpoint", str(run / "checkpoint-4"), "--output_dir", str(tmp_path / "branch"))
     (first,), (second,) = map(parts, (run, branch))
@@ -188,6 +189,26 @@ def test_tensorboard_reads_each_step_once(tracked, monkeypatch):
     assert [event.step for event in events.Histograms("val/code_use")] == [2, 4, 6]
     shown = PIL.Image.open(train_vqgan.io.BytesIO(events.Images("val/strips")[-1].encoded_image_string))
     assert (np.array(shown) == np.array(PIL.Image.open(run / "validation" / "step-6.png"))).all()
+
+
+@pytest.mark.slow
+def test_tensorboard_in_a_browser(tracked, tmp_path):
+    """Its page has a group for each kind of number, in this order. Red when a name has no group, such as `lr`."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no chromium: apt-get install chromium")
+    logs = tracked("--report_to", "tensorboard", "--max_train_steps", "2") / "logs"
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", logs, "--port", "0", "--host", "127.0.0.1"]
+    with subprocess.Popen([*command, "--load_fast=false"], stderr=subprocess.PIPE, text=True) as server:
+        try:
+            (address,) = next(filter(None, (re.findall(r"http://127\.0\.0\.1:\d+/", line) for line in server.stderr)))
+            options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=60000"]
+            options += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"{address}#timeseries"]
+            done = subprocess.run([chromium, *options], capture_output=True, text=True, timeout=300)
+        finally:
+            server.kill()
+    groups = re.findall(r'class="group-title" title="(\w+)"', done.stdout)
+    assert groups == ["codebook", "data", "disc", "loss", "opt", "speed", "val"]
 
 
 class StandIn(BaseHTTPRequestHandler):
@@ -265,7 +286,7 @@ def standin(monkeypatch):
 
 @pytest.mark.slow
 def test_parts_that_are_synced_are_one_history(tracked, standin, monkeypatch, tmp_path):
-    """Offline, stopped and continued, then `wandb sync`. Red when the parts overlap: wandb renumbers steps then."""
+    """Offline, stopped and continued, then `wandb sync`. Red when the second is a run of its own."""
     run = tracked("--max_train_steps", "4")
     tracked("--resume_from_checkpoint", "latest")
     monkeypatch.delenv("WANDB_MODE", raising=False)
