@@ -1965,6 +1965,7 @@ def validate(run):
             metrics |= log_images(run)
     if metrics:
         write_metrics(run, metrics, **protocol)
+        show_best(run)
     if run.args.save_best and run.accelerator.is_main_process:
         keep_best(run, metrics)
     return metrics
@@ -2160,23 +2161,29 @@ def log_images(run):
     """(main process) Reconstruct --validation_images in fp32 with the weights that the generator holds.
 
     Writes output_dir/validation/step-N.png, a strip original | reconstruction | absolute difference for each, and
-    shows the strips on the trackers. Returns their mean PSNR in dB.
+    shows the same on the trackers. Returns their mean PSNR in dB.
     """
     generator, device = run.state.generator, run.accelerator.device
     rounded = [reconstruct(generator, image.to(device), run.args)[0].cpu() for image in run.images.split(1)]
     x, x_hat = run.images, torch.cat(rounded)
     difference = (x.int() - x_hat.int()).abs().to(torch.uint8)
-    strips = torch.cat([x, x_hat, difference], dim=3)  # [n, 3, side, 3 * side]
+    strips = torch.cat([x, x_hat, difference], dim=3).permute(0, 2, 3, 1).numpy()  # [n, side, 3 * side, 3]
+    decibels = psnr(x_hat / 255.0, x / 255.0)
     folder = Path(run.args.output_dir) / "validation"
     with keep_going("write validation images"):
         folder.mkdir(exist_ok=True)
-        column = strips.permute(0, 2, 3, 1).flatten(0, 1).numpy()
-        PIL.Image.fromarray(column).save(folder / f"step-{run.state.step}.png")
+        PIL.Image.fromarray(np.concatenate(strips)).save(folder / f"step-{run.state.step}.png")
     with keep_going("write to the trackers", Exception):
         for tracker in run.accelerator.trackers:
-            shown = strips if tracker.name == "tensorboard" else strips.permute(0, 2, 3, 1)
-            tracker.log_images({"validation": shown.numpy()}, step=run.state.step)
-    return {f"val/images_psnr_n{len(x)}": psnr(x_hat / 255.0, x / 255.0).mean().item()}
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image("val/strips", np.concatenate(strips), run.state.step, dataformats="HWC")
+            if tracker.name == "wandb":
+                import wandb
+
+                shown = zip(run.args.validation_images, decibels, strips)
+                shown = [wandb.Image(strip, caption=f"{Path(path).name}, {db:.2f} dB") for path, db, strip in shown]
+                tracker.log({"val/strips": shown}, step=run.state.step)
+    return {f"val/images_psnr_n{len(x)}": decibels.mean().item()}
 
 
 def log_codes(run, counts):
@@ -2190,6 +2197,20 @@ def log_codes(run, counts):
                 import wandb
 
                 tracker.log({"val/code_use": wandb.Histogram(use.numpy())}, step=run.state.step)
+
+
+def show_best(run):
+    """The best held-out values so far, in wandb's summary: its own `define_metric` would forget them on resume."""
+    best = {}
+    for line in read_metrics(run.args):
+        for key, value in line.items():
+            name, choose = key.replace("val/", "best/"), BEST.get(key.removeprefix("val/").split("_")[0])
+            if choose and math.isfinite(value):
+                best[name] = choose(value, best.get(name, value))
+    with keep_going("write to the trackers", Exception):
+        for tracker in run.accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.run.summary.update(best)
 
 
 def keep_best(run, metrics):
@@ -2245,7 +2266,6 @@ class TrainingState:
         self.step = 0  # pairs of updates taken
         self.samples_seen = 0  # position in the sample stream, over all processes
         self.stream = {}  # positions of --streaming, see ShardStream, of this process
-        self.tracker_run = uuid.uuid4().hex[:8]
 
     def state_dict(self, accelerator):
         """(all processes)"""
@@ -2265,7 +2285,6 @@ class TrainingState:
             "step": self.step,
             "samples_seen": self.samples_seen,
             "stream": gather_object([self.stream]),
-            "tracker_run": self.tracker_run,
         }
 
     def load_state_dict(self, state, accelerator):
@@ -2291,7 +2310,6 @@ class TrainingState:
         streams, rank = state.get("stream", []), accelerator.process_index
         every = {(i, worker): position for i, own in enumerate(streams) for worker, position in own.items()}
         self.stream = streams[rank] if len(streams) == accelerator.num_processes else every
-        self.tracker_run = state["tracker_run"]
 
 
 def laid_out_as(weight, x):
@@ -2349,8 +2367,6 @@ def load_checkpoint(run, checkpoint, progress):
         require(was == identity.get(key), f"--resume_from_checkpoint: {changed}; {remedy}")
     state = torch.load(checkpoint / "training.pt", map_location="cpu", weights_only=True)
     state["weights"] = {path.stem: safetensors.torch.load_file(path) for path in checkpoint.glob("*.safetensors")}
-    if checkpoint.resolve().parent != Path(run.args.output_dir).resolve():  # a branch: another run on the tracker, too
-        state["tracker_run"] = run.state.tracker_run
     run.state.load_state_dict(state, run.accelerator)
     logger.info(f"Resumed from {checkpoint}: step {run.state.step}, {run.state.samples_seen} images seen")
 
@@ -2923,14 +2939,23 @@ def drop_abandoned(run):
             shutil.rmtree(output / "best")
 
 
-def public_config(run):
+def public_config(run, **more):
     """Flags as given, and what followed from them, for trackers and cards: no secrets, and no lists for TensorBoard."""
-    values = {name: value for name, value in vars(run.args).items() if "token" not in name}
+    values = {name: value for name, value in vars(run.args).items() if "token" not in name} | more
     values |= {f"derived/{name}": value for name, value in run.schedule.recorded().items() if name != "flags"}
     values["derived/seed"] = run.seed
     lists = {name: value or [] for name, value in values.items() if not isinstance(value, (int, float, str))}
     lists = {name: " ".join(str(portable(part)) for part in parts) for name, parts in lists.items()}
     return {name: portable(value) for name, value in values.items()} | lists
+
+
+def architecture(run):
+    """Both networks for the trackers: their configs, whatever file they came from, and what follows from them."""
+    found = {"model/downsampling": 2 ** (len(run.state.generator.config.block_out_channels) - 1)}
+    for name, network in (("model", run.state.generator), ("discriminator", run.state.discriminator)):
+        found |= {f"{name}/{k}": v for k, v in network.config.items() if k[0] != "_" and k != "scaling_factor"}
+        found[f"{name}/parameters"] = network.num_parameters()
+    return found
 
 
 def portable(value):
@@ -3334,13 +3359,16 @@ def train(args):
             if first is None or accelerator.num_processes > 1:  # data that cannot be read shows here
                 stop_for_failure(watch)
             on_main(accelerator, lambda: drop_abandoned(run))
-            on_main(accelerator, lambda: start_trackers(run))
+            if steps > 0:  # else they have shown it all
+                on_main(accelerator, lambda: start_trackers(run))
             validated = train_loop(run, itertools.chain([first], batches))
         if not watch.stopping:
             on_main(accelerator, lambda: finish(run, validated))
         for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
             with keep_going("finish the trackers", Exception):
                 tracker.finish()
+                if tracker.name == "wandb" and (output / "wandb").is_dir():  # not with WANDB_MODE=disabled
+                    (output / "wandb" / "finished").write_text(f"{tracker.run.id} {state.step}")
         accelerator.trackers.clear()  # end_training would finish them again
         unsaved = f"--output_dir: the last checkpoint could not be saved in {output}, see above; {how_to_go_on(output)}"
         on_main(accelerator, lambda: require(watch.saved, unsaved))
@@ -3352,15 +3380,26 @@ def train(args):
 
 
 def start_trackers(run):
-    """(main process) UserError when one cannot start, such as wandb without a key."""
-    args, config = run.args, public_config(run)
+    """(main process) UserError when one cannot start, such as wandb without a key.
+
+    wandb goes on with its last run where that was finished at this very step. After a kill it lacks what it had not
+    written yet, and steps taken again it would pass over or show at other numbers: then a new run gets the whole history.
+    """
+    args, config = run.args, public_config(run, **architecture(run))
+    finished = Path(args.output_dir) / "wandb" / "finished"
+    before, _, step = finished.read_text().partition(" ") if finished.exists() else ("", "", "")
+    before = before if step == str(run.state.step) else None
     options = {
-        "wandb": {"id": run.state.tracker_run, "resume": "allow", "dir": args.output_dir},
+        "wandb": {"id": before, "resume": "allow", "dir": args.output_dir},
         "tensorboard": {"purge_step": run.state.step + 1},
     }
     hint = "; wandb login or WANDB_MODE=offline mends a missing key, --report_to none does without a tracker"
     with user_error(f"--report_to {args.report_to}: the tracker does not start", Exception, hint):  # each has its own
         run.accelerator.init_trackers(args.tracker_project_name, config, options)
+        finished.unlink(missing_ok=True)
+        for tracker in run.accelerator.trackers:
+            for line in read_metrics(args) if tracker.name == "wandb" and not before else []:
+                tracker.log({key: value for key, value in line.items() if "/" in key}, step=line["step"])
 
 
 def finish(run, validated):

@@ -286,19 +286,15 @@ def test_no_whole_checkpoint_and_a_damaged_one_by_name(flags, copied, capsys):
 
 
 def test_going_back_needs_the_later_checkpoints_out_of_the_way(train, flags, capsys, whole, copied):
-    """Red when a branch takes over the tracker's run of what it began from, or a continuation does not."""
     named = ["--resume_from_checkpoint", str(copied / "checkpoint-2")]
     assert train_vqgan.main([*flags, *LONG, *named]) == 2
     assert f"{copied / 'checkpoint-4'}, {copied / 'checkpoint-6'}" in error_line(capsys)
     other = train(*LONG, *named, "--output_dir", f"{copied}-other")
     assert min(line["step"] for line in metrics(other)) == 3, "it began at the one that was named"
-    ids = [torch.load(run / "checkpoint-6" / "training.pt")["tracker_run"] for run in (whole, copied, other)]
-    assert ids[0] == ids[1] != ids[2], "a branch is another run on the tracker"
     for step in (4, 6):
         os.rename(copied / f"checkpoint-{step}", copied / f"moved-{step}")
     train(*LONG, *named)
     same_result(whole, copied)
-    assert torch.load(copied / "checkpoint-6" / "training.pt")["tracker_run"] == ids[0]
 
 
 def of_the_last_version(checkpoint):
@@ -628,7 +624,7 @@ def test_tracker_that_is_not_installed(error, flags, monkeypatch, train):
     train("--report_to", "tensorboard")
 
 
-@pytest.mark.parametrize("part", ["log", "log_images", "finish"])
+@pytest.mark.parametrize("part", ["log", "finish"])
 def test_tracker_that_fails_later_costs_a_warning(train, monkeypatch, caplog, photos, part):
     """Red when keep_going is given no other errors there than a disk's, or end_training finishes the trackers again."""
     monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{part}", failing(ValueError("the tracker's own")))

