@@ -70,6 +70,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # waiting threads let go of a C
 import datasets
 import fsspec
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import PIL.PngImagePlugin
@@ -80,6 +81,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 import torchmetrics.functional.image
+import torchvision
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import (
     GradientAccumulationPlugin,
@@ -1216,16 +1218,21 @@ class Unreadable(Exception):
 
 def read_image(item, args, reduced_to=None):
     """RGB PIL image of what `open_image` takes. JPEGs are decoded at 1/2, 1/4 or 1/8 where both sides stay as long as
-    `reduced_to`, or as twice the resolution where they are too large.
+    `reduced_to`, or as twice the resolution where they are too large; with `reduced_to` others may come as a tensor.
     """
     try:
         image = open_image(item)
+        whole = image.size
         if reduced_to or math.prod(image.size) > MAX_PIXELS:
             least = reduced_to or 2 * args.resolution
             image.draft(None, (least, least))
         pixels = math.prod(image.size)
         if pixels > MAX_PIXELS:
             raise ValueError(f"{pixels / 1e6:.0f} megapixels, at most {MAX_PIXELS / 1e6:.0f} fit; make it smaller")
+        if reduced_to and image.size == whole and image.format == "JPEG" and image.mode == "RGB":
+            x = decode_plain_jpeg(image)
+            if x is not None:
+                return x
         image.load()  # here, as exif_transpose would swallow a decoder's error
     except UserError:
         raise
@@ -1238,19 +1245,38 @@ def read_image(item, args, reduced_to=None):
             raise Unreadable(one_line(error)) from error
 
 
+def decode_plain_jpeg(image):
+    """uint8 [3, height, width] of a JPEG that is open in Pillow, by torchvision, which is faster at it; None where it is
+    to be turned, or damaged: Pillow decides what of it counts. Also where torchvision no longer has decoders: they are
+    deprecated since 0.29, and may go.
+    """
+    if "exif" in image.info and image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+        return None
+    image.fp.seek(0)
+    data = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+    with suppress(RuntimeError, AttributeError):
+        return torchvision.io.decode_jpeg(data, torchvision.io.ImageReadMode.RGB)
+    image.fp.seek(0)
+
+
 def to_square(image, resolution, rng=None, flip=False, short_side=None):
-    """RGB PIL image to uint8 [3, resolution, resolution]: short side resized (antialiased bicubic) and cropped.
+    """RGB PIL image, or uint8 [3, height, width], to uint8 [3, resolution, resolution]: short side resized (antialiased
+    bicubic) and cropped.
 
     The short side becomes `short_side` pixels, or `resolution`. The crop is the centre without `rng`, else drawn from
     it. Only the crop is resized, by torch: as Pillow to one level of 256, in half the time.
     """
-    shortest, short_side = min(image.size), short_side or resolution
+    width, height = image.size if isinstance(image, PIL.Image.Image) else (image.shape[2], image.shape[1])
+    shortest, short_side = min(width, height), short_side or resolution
     side = max(1, round(resolution * shortest / short_side))  # of the crop, before it is resized
-    room = [max(0, round(length * short_side / shortest) - resolution) for length in image.size]
+    room = [max(0, round(length * short_side / shortest) - resolution) for length in (width, height)]
     left, top = [round((rng.randint(0, r) if rng else r / 2) * shortest / short_side) for r in room]
-    left, top = min(left, image.width - side), min(top, image.height - side)
-    pixels = np.array(image.crop((left, top, left + side, top + side)))
-    x = torch.from_numpy(pixels).permute(2, 0, 1)
+    left, top = min(left, width - side), min(top, height - side)
+    if isinstance(image, PIL.Image.Image):
+        pixels = np.array(image.crop((left, top, left + side, top + side)))
+        x = torch.from_numpy(pixels).permute(2, 0, 1)
+    else:
+        x = image[:, top : top + side, left : left + side]
     if side != resolution:
         x = F.interpolate(x.unsqueeze(0), (resolution, resolution), mode="bicubic", antialias=True)[0]
     return x.flip(2) if flip else x

@@ -1,5 +1,6 @@
 """Pixels: any image to RGB and to a square, the two ranges, what is skipped as unreadable, and validation images."""
 
+import contextlib
 import io
 import random
 import struct
@@ -326,13 +327,46 @@ def test_crop_at_another_scale_than_the_resolution(height, width, short_side):
 
 def test_jpegs_keep_what_another_scale_needs(monkeypatch, tmp_path):
     """320 pixels are needed for 160, and 160 for 64. Red when the draft goes by the resolution alone."""
-    seen, to_rgb = [], train_vqgan.to_rgb
-    monkeypatch.setattr(train_vqgan, "to_rgb", lambda image, *rest: seen.append(image.size) or to_rgb(image))
+    seen, square = [], train_vqgan.to_square
+    sizes = lambda image: image.size if isinstance(image, PIL.Image.Image) else tuple(image.shape[:0:-1])  # noqa: E731
+    monkeypatch.setattr(
+        train_vqgan, "to_square", lambda image, *rest: seen.append(sizes(image)) or square(image, *rest)
+    )
     photo = str(REPOSITORY / "images" / "bird.jpg")
     for short_side in (64, 160):
         args = parsed("--resolution", 64, "--short_side", short_side)
         train_vqgan.augment(photo, train_vqgan.random_numbers_of_sample(0, 0), args)
     assert seen == [(160, 160), (320, 320)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "progressive", "exif", "turned", "grey", "CMYK", "png", "cut", "cut, ended"])
+def test_plain_jpegs_are_decoded_by_torchvision(monkeypatch, tmp_path, kind):
+    """To Pillow's pixels, on average within a grey level of 256, and with its verdict on damage.
+
+    Red when a turned image is not left to Pillow, when a damaged one ends the run, or when none is taken.
+    """
+    photo, exif, taken = tmp_path / "photo", PIL.Image.Exif(), []
+    exif[0x0112] = 6 if kind == "turned" else 1
+    with PIL.Image.open(REPOSITORY / "images" / "bird.jpg") as image:
+        image = image.convert({"grey": "L", "CMYK": "CMYK"}.get(kind, "RGB"))
+        how = {"exif": exif} if kind in ("exif", "turned") else {}
+        image.save(photo, "PNG" if kind == "png" else "JPEG", progressive=kind == "progressive", **how)
+    if kind.startswith("cut"):
+        photo.write_bytes(photo.read_bytes()[:5000] + b"\xff\xd9" * kind.endswith("ended"))
+
+    def augmented():
+        with contextlib.suppress(train_vqgan.Unreadable):
+            args = parsed("--resolution", 256)
+            return train_vqgan.augment(str(photo), train_vqgan.random_numbers_of_sample(0, 0), args).double()
+
+    decode = train_vqgan.decode_plain_jpeg
+    monkeypatch.setattr(train_vqgan, "decode_plain_jpeg", lambda image: taken.append(decode(image)) or taken[-1])
+    got = augmented()
+    monkeypatch.setattr(train_vqgan, "decode_plain_jpeg", lambda image: None)
+    expected = augmented()
+    assert any(x is not None for x in taken) == (kind in ("plain", "progressive", "exif", "cut, ended"))
+    assert (got is None) == (expected is None) == (kind == "cut")
+    assert kind == "cut" or (got - expected).abs().mean() <= 1
 
 
 def test_flip_is_the_mirror_image():
