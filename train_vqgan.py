@@ -923,6 +923,8 @@ def build_generator(args):
             where["subfolder"] = "vqmodel"
     config = read_config(flag, source, VQModel, **where)
     check_vqmodel_config(flag, config, args.resolution)
+    if pretrained:
+        check_pixel_range(source, args, **where)
     model = load_pretrained(VQModel, flag, source, **where) if pretrained else VQModel.from_config(config)
     model.quantize = build_quantizer(model.quantize, args)
     if args.train_only == "decoder":
@@ -933,6 +935,16 @@ def build_generator(args):
     if args.gradient_checkpointing:
         checkpoint_activations(model)
     return model.train()
+
+
+def check_pixel_range(source, args, subfolder, **where):
+    """A model of this script has an image processor beside it, which knows the range of its pixels."""
+    beside = Path(subfolder or "").parent / "image_processor"
+    with suppress(OSError):  # of another script
+        config = VaeImageProcessor.load_config(source, subfolder=beside.as_posix(), **where)
+        its_own = "signed" if config["do_normalize"] else "unit"
+        problem = f"{source} was trained on {its_own} pixels; give --pixel_range {its_own}"
+        require(args.pixel_range == its_own, f"--pixel_range: {problem}")
 
 
 def load_pretrained(network, flag, source, **where):

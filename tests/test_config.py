@@ -373,3 +373,14 @@ def test_patchgan_3_is_the_default():
         ours, default = Discriminator.from_config(config), Discriminator()
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in default.state_dict().items()}
     assert ours.config.depth == 3 and ours.min_resolution == 24
+
+
+def test_pixel_range_of_a_pretrained_model(train, flags):
+    """The processor beside a model knows it, in a checkpoint, too. Red when check_pixel_range is not called."""
+    run = train("--pixel_range", "unit", "--checkpointing_steps", "2")
+    flags[:2] = ["--pretrained_model_name_or_path", str(run)]
+    for where in ([], ["--subfolder", "checkpoint-2/vqmodel"]):
+        flags += where
+        with pytest.raises(train_vqgan.UserError, match="--pixel_range unit"):
+            train_vqgan.build_generator(train_vqgan.parse_args(flags))
+        train_vqgan.build_generator(train_vqgan.parse_args([*flags, "--pixel_range", "unit"]))

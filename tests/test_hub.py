@@ -87,7 +87,7 @@ class StandIn(http.server.BaseHTTPRequestHandler):
     def serve(self, body):
         self.server.calls.append((self.command, self.path, self.headers.get("Authorization")))
         if self.path == "/api/models/me/model":
-            return self.answer({"id": "me/model", "private": self.server.private})
+            return self.answer({"id": "me/model", "sha": "1" * 40, "private": self.server.private})
         if self.path.startswith("/api/models/me/model/tree/"):
             return self.answer([{"type": "file", "path": p, "size": 1, "oid": "1"} for p in self.server.files])
         if self.path == "/me/architecture/resolve/main/config.json":
