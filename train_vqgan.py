@@ -566,9 +566,8 @@ class CodeStatistics:
         self.since_restart += counts
         self.tokens += len(indices) * self.processes
         self.latents = torch.cat([self.latents.reshape(-1, *z.shape[1:]), z.to(self.latents)])  # the latest come last
-        share = math.ceil(
-            self.images_kept() / self.processes
-        )  # whole images: whichever process saw them, they are the same
+        # whole images: whichever process saw them, they are the same
+        share = math.ceil(self.images_kept() / self.processes)
         self.latents = self.latents[max(0, len(self.latents) - share) :]
         # Of all processes, so that the export does not depend on which of them writes it.
         z_moments = self.accelerator.reduce(torch.stack([z.mean(), z.square().mean()]).to(self.moments), "mean")
@@ -1895,9 +1894,8 @@ def load_split(flag, split, args, beside=()):
     files = list_files(name, args)[0] if path.is_dir() else []
     files = [(file, size) for file, size in files if Path(file).suffix not in (".md", ".db")]  # notes are no data
     files += [(os.path.basename(part), os.path.getsize(part) if os.path.exists(part) else 0) for part in parts]
-    with user_error(
-        f"{flag}: cannot read the {split} split of {name}", Exception, hint
-    ):  # each format has its own errors
+    # each format has its own errors
+    with user_error(f"{flag}: cannot read the {split} split of {name}", Exception, hint):
         dataset, builder = open_saved(flag, split, args) if saved else open_unsaved(name, split, parts, args)
     identity = identity_of_files(files) if files else f"{name} {sorted(dataset.info.download_checksums or {})}"
     features = dataset.features or {}
