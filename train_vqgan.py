@@ -939,7 +939,7 @@ def build_generator(args):
 def check_pixel_range(source, args, subfolder, **where):
     """A model of this script has an image processor beside it, which knows the range of its pixels."""
     beside = Path(subfolder or "").parent / "image_processor"
-    with suppress(OSError):  # of another script
+    with suppress(OSError, KeyError):  # of another script; load_config may find the model's own config instead
         config = VaeImageProcessor.load_config(source, subfolder=beside.as_posix(), **where)
         its_own = "signed" if config["do_normalize"] else "unit"
         problem = f"{source} was trained on {its_own} pixels; give --pixel_range {its_own}"
