@@ -155,7 +155,11 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        for at in range(0, len(content) * body, 2**16):
+        if body:
+            self.send(content)
+
+    def send(self, content):
+        for at in range(0, len(content), 2**16):
             self.server.served.append(self.wfile.write(content[at : at + 2**16]))  # threads would lose some of a sum
 
 

@@ -5,6 +5,7 @@ import http.server
 import io
 import itertools
 import json
+import sys
 import tarfile
 import threading
 from collections import Counter
@@ -17,9 +18,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import without
+from conftest import REPOSITORY, without
 
-import train_vqgan
+sys.path.append(str(REPOSITORY / "benchmarks"))
+
+import streams  # noqa: E402
+
+import train_vqgan  # noqa: E402
 
 aiohttp = pytest.importorskip("aiohttp")  # of fsspec[http]
 
@@ -35,47 +40,25 @@ def picture(number):
     return file.getvalue()
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """GET with ranges, HEAD; `served` counts bytes of files, `faults` says what is wrong with one GET after another."""
+class Handler(streams.Handler):
+    """`served` counts bytes by file, `faults` says what is wrong with one GET after another."""
 
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        server, name = self.server, self.path.strip("/")
-        fault = next(server.faults, None) if body else None
-        if fault == "stalls":
+    def do_GET(self, body=True):
+        self.fault = next(self.server.faults, None) if body else None
+        if self.fault == "stalls":
             threading.Event().wait(3)  # longer than the client
-        if fault == "500":
-            self.send_response(500)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        content = server.files[name]
-        first, last = 0, len(content) - 1
-        if "Range" in self.headers:
-            low, _, high = self.headers["Range"].removeprefix("bytes=").partition("-")
-            first, last = int(low), min(last, int(high or last))
-        self.send_response(206 if "Range" in self.headers else 200)
-        if "Range" in self.headers:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(last + 1 - first))
+        if self.fault != "500":
+            return super().do_GET(body)
+        self.send_response(500)
+        self.send_header("Content-Length", "0")
         self.end_headers()
-        if fault == "drops":
-            self.wfile.write(content[first : (first + last) // 2])
+
+    def send(self, content):
+        if self.fault == "drops":
+            self.wfile.write(content[: len(content) // 2])
             self.close_connection = True
-        elif body:
-            self.wfile.write(content[first : last + 1])
-            server.served[name] += last + 1 - first
+        else:
+            self.server.served[self.path.strip("/")] += self.wfile.write(content)
 
 
 @pytest.fixture(autouse=True)
