@@ -1179,6 +1179,7 @@ def decodable_suffixes():
         pillow_heif.register_heif_opener()
     with suppress(ImportError):
         import pillow_jxl  # noqa: F401
+    PIL.Image.preinit()  # the common formats first, so that opening a JPEG does not try ten others before
     PIL.Image.init()
     openable = PIL.Image.OPEN.keys() | {"MPO"}  # MPO is opened as JPEG
     openable -= {"BUFR", "CUR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MIC", "MPEG", "WMF"}

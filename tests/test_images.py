@@ -706,3 +706,9 @@ def test_fault_says_its_reason_once(tmp_path):
     assert caught.value.__cause__ and train_vqgan.one_line(caught.value).count("cannot identify") == 1
     caught.value.__cause__ = OSError("another reason")
     assert train_vqgan.one_line(caught.value).endswith("(another reason)")
+
+
+def test_jpegs_are_tried_before_formats_without_a_signature():
+    """Opening each image would try those first. Red without preinit."""
+    names = PIL.Image.ID
+    assert names.index("JPEG") < min(names.index(name) for name in names if PIL.Image.OPEN[name][1] is None)

@@ -173,7 +173,7 @@ def test_server_that_fails_for_a_while(server, impatient, caplog, fault):
     assert "broke off" in line and ".tar" in line
 
 
-@pytest.mark.parametrize("fault", ["500", "drops"])
+@pytest.mark.parametrize("fault", ["500", "drops", "stalls"])
 def test_server_that_fails_for_good(server, impatient, flags, monkeypatch, capsys, fault):
     """One line, and what was trained till then is saved. Red when UserError is not kept for the end of the step."""
     monkeypatch.setattr(train_vqgan, "READ_AGAIN", 1)
