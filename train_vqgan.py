@@ -823,13 +823,15 @@ class Schedule:
 
 
 def train_loop(run, batches):
-    """The loop, to the last step, a signal, or the end of the data. Returns the last validation's metrics.
+    """The loop, to the last step, a signal, or the end of the data.
 
     batches: the uint8 micro-batches of one step after another.
     """
     args, accelerator, state, schedule, watch = run.args, run.accelerator, run.state, run.schedule, run.watch
-    validated, clock = None, Clock(state.samples_seen)
+    clock = Clock(state.samples_seen)
     watched = accelerator.is_main_process and sys.stderr.isatty()  # a log file gets lines instead
+    if state.step >= schedule.steps:  # resumed at its end
+        validate(run)
     bar = tqdm(total=schedule.steps, initial=state.step, disable=not watched, desc="Steps")
     while state.step < schedule.steps and not watch.stopping:
         with clock.timing("waiting"):
@@ -855,13 +857,10 @@ def train_loop(run, batches):
             log_training(run, clock, bar)
         with clock.timing("paused"):
             if (due(state.step, args.validation_steps) and not watch.stopping) or last:  # a signal leaves seconds
-                validated = validate(run)
+                validate(run)
             if due(state.step, args.checkpointing_steps) or (last and args.checkpointing_steps) or watch.stopping:
                 watch.saved = save_checkpoint(run)
     bar.close()
-    if validated is None and not watch.stopping:  # resumed at its end
-        validated = validate(run)
-    return validated
 
 
 def due(step, every):
@@ -1992,7 +1991,7 @@ def validate(run):
         if run.evaluator:
             metrics, counts = run.evaluator(run.state.generator, run.watch)
             if run.watch.stopping:
-                return {}
+                return
             if metrics:
                 protocol["protocol"] = run.evaluator.protocol("EMA" if run.state.ema else "generator")
                 log_codes(run, counts)
@@ -2003,9 +2002,10 @@ def validate(run):
     if metrics:
         write_metrics(run, metrics, **protocol)
         show_best(run)
+        decibels = [f"{name} {value:.2f} dB" for name, value in metrics.items() if "psnr" in name]
+        logger.info(f"Validation at step {run.state.step}: {', '.join(decibels)}")
     if run.args.save_best and run.accelerator.is_main_process:
         keep_best(run, metrics)
-    return metrics
 
 
 class Evaluator:
@@ -2610,7 +2610,7 @@ def model_card(run, model, folder):
 # {metadata.model_name}: a VQGAN image tokenizer
 
 {model.config.num_vq_embeddings} codes of dimension {model.quantize.vq_embed_dim}, one per {side} x {side} pixels.
-Trained for {run.state.step} steps on {run.state.samples_seen} images at {run.args.resolution} pixels.{picture}
+Trained for {run.state.step} steps at {run.args.resolution} pixels, {run.state.samples_seen} images seen.{picture}
 
 ```python
 import PIL.Image
@@ -2651,7 +2651,8 @@ def card_metadata(run, measured):
     for name, value in measured.items():
         metric = re.fullmatch(r"val/(.*)_n\d+", name)
         if protocol and metric and metric[1] != "images_psnr":
-            more = {"metric_name": name, "dataset_split": args.validation_split, "dataset_args": protocol}
+            how = {"step": measured["step"]} | protocol
+            more = {"metric_name": name, "dataset_split": args.validation_split, "dataset_args": how}
             results.append(EvalResult("image-to-image", kind, protocol["data"], metric[1], value, **more))
     data = {"license": args.hub_license, "datasets": dataset and [dataset], "base_model": base_model}
     data |= {"library_name": "diffusers", "tags": ["vqgan", "image-tokenizer"], "eval_results": results or None}
@@ -2908,8 +2909,9 @@ def log_training(run, clock, bar):
         metrics["speed/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         advise_one_batch(run)
     write_metrics(run, metrics)
-    names = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "disc", "codebook/used": "codes"}
-    shown = ", ".join(f"{name} {metrics[key]:.3g}" for key, name in names.items() if key in metrics)
+    names = {"loss/pixel": "pixel", "loss/perceptual": "perceptual", "disc/loss": "discriminator"}
+    shown = [f"{name} {metrics[key]:.3g}" for key, name in names.items() if key in metrics]
+    shown = ", ".join([*shown, f"codes used {metrics['codebook/used']:.0%}"])
     bar.set_postfix_str(shown)
     if bar.disable:
         speed = metrics["speed/images_per_sec"]
@@ -3327,6 +3329,8 @@ def claimed_output_dir(accelerator, args):
             with suppress(OSError):
                 os.remove(lock.lock_file)
             lock.release()
+            with suppress(OSError):
+                output.rmdir()  # only where it is empty: nothing is left of a run that could not start
 
 
 def on_main(accelerator, decide):
@@ -3398,9 +3402,9 @@ def train(args):
             on_main(accelerator, lambda: drop_abandoned(run))
             if steps > 0:  # else they have shown it all
                 on_main(accelerator, lambda: start_trackers(run))
-            validated = train_loop(run, itertools.chain([first], batches))
+            train_loop(run, itertools.chain([first], batches))
         if not watch.stopping:
-            on_main(accelerator, lambda: finish(run, validated))
+            on_main(accelerator, lambda: finish(run))
         for tracker in accelerator.trackers:  # before any process ends: a launcher stops the others then
             with keep_going("finish the trackers", Exception):
                 tracker.finish()
@@ -3439,13 +3443,12 @@ def start_trackers(run):
                 tracker.log({key: value for key, value in line.items() if "/" in key}, step=line["step"])
 
 
-def finish(run, validated):
-    """(main process) Export the result, say how good it is, upload it."""
+def finish(run):
+    """(main process) Export the result and upload it."""
     output = Path(run.args.output_dir)
     with user_error(f"--output_dir: cannot write the result to {output}", WRITE_ERRORS, f"; {how_to_go_on(output)}"):
         export(run, output)
-    scores = [f"{name} {value:.2f} dB" for name, value in validated.items() if "psnr" in name]
-    logger.info(", ".join([f"Exported {output / 'vqmodel'}", *scores]))
+    logger.info(f"Exported {output / 'vqmodel'}")
     if run.repository:
         with user_error(f"--push_to_hub: {run.repository} was not uploaded", Exception, f"; the result is in {output}"):
             upload(run, output)

@@ -104,7 +104,9 @@ def error(flags, capsys):
         lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
         assert status == 2 and len(lines) == 1, lines
         assert lines[0].startswith("train_vqgan.py: error: ")
-        assert not (Path(flags[-1]) / "metrics.jsonl").exists(), "training had started"
+        output = Path(flags[-1])
+        assert not (output / "metrics.jsonl").exists(), "training had started"
+        assert not output.exists() or any(output.iterdir()), "an empty folder is left"
         return lines[0]
 
     return run

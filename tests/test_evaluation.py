@@ -440,6 +440,16 @@ def test_validation_split_that_is_not_there(error, flags, hundred_and_one, tmp_p
     assert "--validation_split" in error(*more, "--validation_split", "test")
 
 
+def test_every_validation_says_how_good_it_is(train, photos, caplog):
+    """One line each, at the end, too, and when a finished run is resumed. Red when it is said at the end alone."""
+    every = ["--validation_steps", "2", "--max_train_steps", "3", "--validation_data_dir", str(photos)]
+    with caplog.at_level("INFO", "train_vqgan"):
+        train(*every, "--validation_images", str(photos / "0.png"))
+        train(*every, "--resume_from_checkpoint", "latest")
+    said = re.findall(r"Validation at step (\d): (val/psnr_n7 [\d.]+ dB)(, val/images_psnr_n1 [\d.]+ dB)?", caplog.text)
+    assert [(step, bool(images)) for step, _, images in said] == [("2", True), ("3", True), ("3", False)]
+
+
 def test_unreadable_held_out_image_is_not_counted(evaluate, trained, hundred_and_one, tmp_path, caplog):
     """Nor weighs it: the same numbers as without the file. Red when sums are weighted by a full batch."""
     (tmp_path / "images").mkdir()

@@ -248,7 +248,7 @@ def test_card_on_the_hub(hub, push, snippet, tmp_path, photos):
     held_out = {name: last[name] for name in last if name.startswith("val/") and "images" not in name}
     assert {name: result.metric_value for name, result in results.items()} == held_out and "val/psnr_n2" in results
     for name, result in results.items():
-        assert result.dataset_args == last["protocol"] and result.dataset_type == "imagefolder"
+        assert result.dataset_args == {"step": last["step"]} | last["protocol"] and result.dataset_type == "imagefolder"
         assert name == f"val/{result.metric_type}_n2"
     assert "![Images, reconstructions, differences](reconstructions.png)" in card.text
     best = hub.files["best/README.md"].decode()

@@ -86,7 +86,7 @@ def script_of(command):
 def test_commands_parse(command, monkeypatch, photos):
     """By the script's own parser. Red when a flag in it is misspelt."""
     monkeypatch.chdir(REPOSITORY)
-    script, argv = script_of(command.replace("path/to/photos", str(photos)))
+    script, argv = script_of(re.sub("path/to/(other_)?photos", str(photos), command))
     if hasattr(script, "parse_args"):
         script.parse_args(argv)
         return
@@ -110,7 +110,8 @@ def test_commands_run(monkeypatch, tmp_path, photos):
     folder = tmp_path / "repository"
     left_out = (REPOSITORY / ".gitignore").read_text().replace("/", "").split()
     shutil.copytree(REPOSITORY, folder, ignore=shutil.ignore_patterns(".git", *left_out))
-    shutil.copytree(photos, folder / "path" / "to" / "photos")
+    for name in ("photos", "other_photos"):
+        shutil.copytree(photos, folder / "path" / "to" / name)
     (folder / "tiny.json").write_text(json.dumps(TINY_MODEL))
     (folder / "small.json").write_text(json.dumps(TINY_DISCRIMINATOR))
     monkeypatch.chdir(folder)
