@@ -370,9 +370,11 @@ def test_a_malicious_file_runs_nothing(refusal, tmp_path, name):
 
 
 def test_a_file_cannot_call_what_stands_in(refusal, tmp_path, monkeypatch):
-    """Arguments and state come to nothing. Red when Inert takes no arguments."""
+    """Arguments and state come to nothing. Red when Inert takes no arguments, or has no __setstate__."""
     monkeypatch.setattr(argparse.Namespace, "__init__", lambda self, *args: None)
     things = [Malicious(argparse.Namespace, 1, 2), filled(argparse.Namespace, __class__="x", keys=1)]
+    things.append(Malicious(argparse.Namespace))
+    things[-1].call += ([1, 2],)  # a state that is no dict of attributes
     torch.save({"x": things}, tmp_path / "last.ckpt")
     assert "no encoder.conv_in.weight among its 0 tensors" in refusal(tmp_path / "last.ckpt")
 

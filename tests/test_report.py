@@ -52,6 +52,7 @@ def test_page_of_one_run(run):
     assert "<td>vqmodel num_vq_embeddings</td><td>32</td>" in page and "<td>learning_rate</td><td>0.002</td>" in page
     drawn = {line.split(", ")[0].split(";")[0] for line in re.findall(r'text-anchor="start">([^<]*)<', page)}
     assert {"loss/pixel", "codebook/used", "codebook/perplexity", "opt/grad_norm", "val/psnr_n2"} <= drawn
+    assert "<pre>accelerate launch " in page
 
 
 def test_the_last_validations_are_shown(run, capsys):
@@ -65,7 +66,10 @@ def test_the_last_validations_are_shown(run, capsys):
 
 def test_command_is_that_of_the_card(run):
     """Red when it is not read, or not escaped."""
+    card = run / "README.md"
+    card.write_text(card.read_text().replace("--learning_rate 0.002", "--learning_rate 0.002 --hub_model_id '<a> & b'"))
     (command,) = re.findall(r"<pre>(.*?)</pre>", made(run), re.S)
+    assert "&lt;a&gt; &amp; b" in command, "nothing to escape, or not escaped"
     assert f"```bash\n{html.unescape(command)}\n```" in (run / "README.md").read_text()
     assert "--no-gradient_checkpointing" in command and "--learning_rate 0.002" in command
 
@@ -87,15 +91,26 @@ def test_two_runs_side_by_side(run, tmp_path):
 
 
 def test_names_are_escaped(run, tmp_path):
-    """Red without escape()."""
+    """The run's, and those of its images. Red without one of the escape()."""
     odd = tmp_path / "<b>odd & run"
     shutil.copytree(run, odd)
+    text = (odd / "README.md").read_text()
+    (odd / "README.md").write_text(text.replace(" 0.png", " <b>0.png"))
     page = made(odd)
     assert "<b>" not in page and "&lt;b&gt;odd &amp; run" in page
+    assert page.count("&lt;b&gt;0.png") == 4, "under two pictures, in the table of flags, in the command"
 
 
 def test_unfinished_and_bare_runs(run):
-    """Without the final export the newest checkpoint's; numbers that are no numbers and a cut line are passed over."""
+    """Without the final export the newest checkpoint's; numbers that are no numbers and a cut line are passed over.
+
+    Red when the oldest checkpoint is taken, or numbers are drawn that are not finite.
+    """
+    (newest,) = train_vqgan.checkpoints(run)
+    shutil.copytree(newest, run / "checkpoint-1")
+    older = run / "checkpoint-1" / "vqmodel" / "config.json"
+    assert '"num_vq_embeddings": 32' in older.read_text() and newest.name == "checkpoint-2"
+    older.write_text(older.read_text().replace('"num_vq_embeddings": 32', '"num_vq_embeddings": 31'))
     for name in ("vqmodel", "discriminator"):
         shutil.rmtree(run / name)
     shutil.rmtree(run / "validation")

@@ -86,6 +86,7 @@ def as_dataset(folder, target):
     columns = {"image": [{"bytes": path.read_bytes(), "path": None} for path in paths]}
     columns |= {"label": [i % 2 for i in range(len(paths))], "note": [path.name for path in paths]}
     features["copy"], columns["copy"] = features["image"], columns["image"]
+    features["source"], columns["source"] = features["note"], columns["note"]
     target.mkdir()
     datasets.Dataset.from_dict(columns, datasets.Features(features)).to_parquet(target / "train.parquet")
     return target
@@ -237,6 +238,7 @@ def error(model, tmp_path, capsys):
         (["--dataset_name", "SET", "--split", "test"], "--split: cannot read the test split of"),
         (["--dataset_name", "SET", "--keep_columns", "colour"], "--keep_columns: not among image, label, note"),
         (["--dataset_name", "SET", "--keep_columns", "colour", "--streaming"], "--keep_columns: not among image"),
+        (["--dataset_name", "SET", "--keep_columns", "source"], "--keep_columns: not among image, label, note"),
         (["--dataset_name", "SET", "--image_column", "img"], "--image_column: 'img' is no column of images"),
         (["--train_data_dir", "PHOTOS", "--resolution", "17"], "--resolution: 17 is not divisible"),
         (["--train_data_dir", "EMPTY"], "--train_data_dir: no images in"),
