@@ -169,7 +169,7 @@ def test_what_cannot_be_read_is_left_out_and_counted(tokens, photos, tmp_path, c
 
 
 def test_kept_columns(tokens, photos, tmp_path):
-    """With their types; a picture keeps its bytes. Red when they are decoded on the way."""
+    """With their types; a picture keeps its bytes, of files, too. Red when they are decoded on the way, or not embedded."""
     (tmp_path / "jpegs").mkdir()
     for path in photos.iterdir():
         PIL.Image.open(path).save(tmp_path / "jpegs" / f"{path.stem}.jpg", quality=60)
@@ -177,8 +177,10 @@ def test_kept_columns(tokens, photos, tmp_path):
     _, rows = tokens("--dataset_name", folder, "--keep_columns", "label", "copy", "--shard_size", "4")
     assert rows.column_names == ["codes", "source", "label", "copy"]
     assert rows.features["label"].names == ["a", "b"] and list(rows["label"][:]) == [0, 1, 0, 1, 0, 1, 0]
-    kept = rows.with_format(None).cast_column("copy", datasets.Image(decode=False))["copy"]
-    assert [image["bytes"] for image in kept] == [(tmp_path / "jpegs" / f"{i}.jpg").read_bytes() for i in range(7)]
+    _, of_files = tokens("--dataset_name", tmp_path / "jpegs", "--keep_columns", "image", output=tmp_path / "of-files")
+    for kept, column in ((rows, "copy"), (of_files, "image")):
+        kept = kept.with_format(None).cast_column(column, datasets.Image(decode=False))[column]
+        assert [image["bytes"] for image in kept] == [(tmp_path / "jpegs" / f"{i}.jpg").read_bytes() for i in range(7)]
 
 
 def test_the_same_command_goes_on(tokens, model, photos, tmp_path, monkeypatch):
