@@ -1085,8 +1085,10 @@ def residual_block(block, x, temb=None):
 
     h = recomputed(convolved, x, block.norm1, block.conv1)
     h = recomputed(convolved, h, block.norm2, block.conv2)
-    # The sum takes the layout of its first operand; that of x may be attention's, and a mixture is slow on a GPU.
-    return h + (block.conv_shortcut(x.contiguous()) if block.conv_shortcut else x)
+    # Attention's output is channels_last, which a GPU's norms undo and a CPU's keep: sums that mix the two are slow.
+    if block.conv_shortcut:
+        x = block.conv_shortcut(x.contiguous() if h.is_contiguous() else x)
+    return h + x
 
 
 DISCRIMINATORS = (Discriminator, FeatureDiscriminator)

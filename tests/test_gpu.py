@@ -72,17 +72,21 @@ def test_resume_across_layouts_of_weights(train, tmp_path, float64, monkeypatch,
             torch.testing.assert_close(other[name], tensor, rtol=1e-6, atol=1e-9, msg=name)
 
 
-def test_residual_block_ends_the_layout_of_attention():
-    """Attention gives channels_last; from there on blocks would mix layouts. Red with x + h, and when the shortcut's
-    input stays as it is."""
+@pytest.mark.parametrize("norms_undo_it", [True, False])
+def test_residual_block_mixes_no_layouts(norms_undo_it):
+    """Attention gives channels_last, which a GPU's norms undo and a CPU's keep: both operands of the sum are alike.
+
+    Red with x + h, when the shortcut's input stays as it is on a GPU, and when it does not on a CPU.
+    """
     block, seen = ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=None), []
-    block.norm1.register_forward_hook(lambda part, inputs, y: y.contiguous())  # as on a GPU
+    if norms_undo_it:
+        block.norm1.register_forward_hook(lambda part, inputs, y: y.contiguous())
     block.conv_shortcut.register_forward_pre_hook(lambda part, inputs: seen.append(inputs[0].is_contiguous()))
     x = torch.randn(2, 32, 4, 4).to(memory_format=torch.channels_last)
-    assert train_vqgan.residual_block(block, x).is_contiguous() and seen == [True]
+    assert train_vqgan.residual_block(block, x).is_contiguous() == norms_undo_it and seen == [norms_undo_it]
     block.conv_shortcut = None
     block.conv2 = torch.nn.Conv2d(64, 32, 3, padding=1)
-    assert train_vqgan.residual_block(block, x).is_contiguous()
+    assert train_vqgan.residual_block(block, x).is_contiguous() == norms_undo_it
 
 
 # ---- Types under CUDA's autocast
