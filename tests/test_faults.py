@@ -347,6 +347,7 @@ def test_checkpoint_of_an_older_version_is_refused(flags, copied, capsys, made_o
 # ---- Data workers --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [1, 2])
 def test_killed_data_worker_ends_the_run_which_goes_on_later(train, flags, at_step, capsys, tmp_path, killed):
     """SIGKILL to one or both workers amid a step: status 2, one line, a checkpoint of the last finished step.
@@ -441,6 +442,7 @@ def test_failures_of_data_workers(flags, monkeypatch, failure):
         assert caught.value is error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["4k", "128k"])
 def test_small_shared_memory(flags, size, tmp_path):
     """In a container with little of it: too little to start workers, or for the images. Red without either line."""
@@ -588,6 +590,7 @@ def test_memory_that_is_really_not_there(flags, at_step, capsys):
     assert "out of memory" in error_line(capsys)
 
 
+@pytest.mark.slow
 def test_no_compiler(flags, tmp_path):
     """--torch_compile without a C++ compiler. Red when main does not know the compiler's errors."""
     environment = os.environ | {"PATH": str(tmp_path / "bin"), "CXX": str(tmp_path / "g++")}

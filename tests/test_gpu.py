@@ -29,6 +29,7 @@ def strides_of(run):
     yield from ((w.stride(), s.stride()) for w, s in zip(run.state.generator.parameters(), run.state.ema.shadow_params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layouts", ["last last", "last first", "first last"])
 def test_resume_across_layouts_of_weights(train, tmp_path, float64, monkeypatch, layouts):
     """Two steps with one layout of the convolutions' weights and two with another are four steps, with EMA.
@@ -183,6 +184,7 @@ class Device(TorchDispatchMode):
 FEATURES = {"_class_name": "FeatureDiscriminator", "backbone_weights": "random", "layers": "0", "hidden_channels": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -300,6 +302,7 @@ def test_ddp_is_asked_for_nothing_deprecated(flags, blur_pool):
 # ---- Graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("discriminator", ["patches", "features"])
 def test_graphs_are_whole_and_made_once(flags, tmp_path, monkeypatch, discriminator):
     """--torch_compile, without the compiler: five graphs, of encoder, decoder, perceptual loss and the discriminator, as

@@ -598,6 +598,7 @@ def test_no_readable_image(error, tmp_path, workers):
 BLOCKS = {"empty": (15, 100), "pages": (12, 60), "apple": (20, 64)}  # bad ones, at the end, of so many
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_of_bad_neighbours(train, flags, capsys, tmp_path, caplog, name):
     """A download that broke off, web pages saved as images: trained to the end, each named once, counted.

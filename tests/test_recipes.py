@@ -34,6 +34,7 @@ def test_recipe_parses_as_it_stands(recipe, tmp_path, monkeypatch):
     assert train_vqgan.parse_args(["--resolution", "48", f"@{recipe}"]).resolution == args.resolution
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_takes_a_step(recipe, tmp_path, photos):
     """With tiny networks and images, from its first step on with a discriminator; all else is the recipe's."""

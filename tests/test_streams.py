@@ -109,6 +109,7 @@ def trained_on(server, kind, steps, workers=2, rank=0, world=2, start=0, positio
     return (red + green // 32 + blue // 100 * 256).tolist(), positions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_bytes_of_a_pass(server, kind):
     """Two processes x two data workers: every image once, and the images' bytes once, of parquet without other columns.
@@ -142,6 +143,7 @@ def test_data_workers_inherit_no_connection(server, monkeypatch):
     assert sum(server.served.values()) and not inherited
 
 
+@pytest.mark.slow
 def test_resumed_late_reads_one_shard_per_reader(server):
     """At 7/8 of a pass. Red when the position is gone to by reading all that was before."""
     steps = SHARDS * IMAGES // 4
@@ -163,6 +165,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr("aiohttp.client.DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=1.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["500", "drops", "stalls"])
 def test_server_that_fails_for_a_while(server, impatient, caplog, fault):
     """Three answers in the middle: more than `datasets` tries, here. Red when they end the stream, or images come again."""
@@ -173,6 +176,7 @@ def test_server_that_fails_for_a_while(server, impatient, caplog, fault):
     assert "broke off" in line and ".tar" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["500", "drops", "stalls"])
 def test_server_that_fails_for_good(server, impatient, flags, monkeypatch, capsys, fault):
     """One line, and what was trained till then is saved. Red when UserError is not kept for the end of the step."""

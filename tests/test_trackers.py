@@ -64,6 +64,7 @@ def tracked(train, photos):
     return lambda *more: train(*EVERY_STEP, *FRACTION, *shown, "--report_to", "all", "--max_train_steps", "6", *more)
 
 
+@pytest.mark.slow
 def test_wandb_holds_what_the_run_was(tracked):
     """Its networks, each number at its step under a grouped name, captioned pictures, best values.
 
@@ -115,6 +116,7 @@ def failing_at(monkeypatch, step):
     monkeypatch.setattr(train_vqgan, "generator_step", generator_step)
 
 
+@pytest.mark.slow
 def test_wandb_of_a_run_that_goes_on(tracked):
     """One run of two parts, with the best of both; nothing when there is nothing left to do.
 
@@ -130,6 +132,7 @@ def test_wandb_of_a_run_that_goes_on(tracked):
     assert len(parts(run)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "killed twice", "back"])
 def test_wandb_of_a_run_that_takes_steps_again(tracked, monkeypatch, how):
     """A new run with the whole history: what the one before lacks, or has too much, is not in it.
@@ -159,6 +162,7 @@ def test_wandb_of_a_run_that_takes_steps_again(tracked, monkeypatch, how):
         assert {key: history[step][key] for key in row} == pytest.approx(row), step
 
 
+@pytest.mark.slow
 def test_wandb_of_a_branch(tracked, tmp_path):
     """Another output directory is another run. Red when the id is always the same."""
     run = tracked("--max_train_steps", "4")

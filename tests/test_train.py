@@ -169,6 +169,7 @@ def test_bundled_photographs_are_the_default(flags):
 # ---- Export --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -886,6 +887,7 @@ def test_flag_changes_what_is_trained(train, reference, change, tmp_path):
     assert not all(equal(reference[name], weights(run, name)) for name in reference)
 
 
+@pytest.mark.slow
 def test_restart_revives_a_collapsed_codebook(train, tmp_path):
     """From diffusers' own start nearly all codes are dead; with restarts they are not. Red when they move nothing."""
     more = ["--codebook_init", "uniform", "--codebook_norm", "none", "--max_train_steps", "20", "--log_steps", "10"]
@@ -901,6 +903,7 @@ def test_restart_revives_a_collapsed_codebook(train, tmp_path):
 # ---- What importing the script sets --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tensors_lie_in_huge_pages():
     """Where the kernel lets a program ask for them. Red when nothing asks."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -916,6 +919,7 @@ def test_tensors_lie_in_huge_pages():
     assert pages[0] < 90 << 10 < pages[1]
 
 
+@pytest.mark.slow
 def test_waiting_threads_let_go():
     """Asked for before torch starts its threads, and only where the user did not choose. Red when nothing asks."""
     code = "import os, train_vqgan; print(os.environ['GOMP_SPINCOUNT'])"
