@@ -3305,6 +3305,7 @@ def claimed_output_dir(accelerator, args):
     """
     output = Path(args.output_dir)
     lock, token = FileLock(output / ".lock"), broadcast_object_list([uuid.uuid4().hex])[0]
+    users_own = os.path.exists(output)
 
     def claim():
         with user_error(f"--output_dir: cannot write to {output}", OSError):
@@ -3332,8 +3333,9 @@ def claimed_output_dir(accelerator, args):
             with suppress(OSError):
                 os.remove(lock.lock_file)
             lock.release()
-            with suppress(OSError):
-                output.rmdir()  # only where it is empty: nothing is left of a run that could not start
+            if not users_own:
+                with suppress(OSError):
+                    output.rmdir()  # only where it is empty: nothing is left of a run that could not start
 
 
 def on_main(accelerator, decide):

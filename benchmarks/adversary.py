@@ -186,15 +186,15 @@ def table(options):
 
 
 def sheet(options):
-    """Judged squares and their reconstructions, a row for each, three times their size: original, then the variants."""
+    """Judged squares and their reconstructions, a column for each, three times their size: original, then the variants."""
     squares = sorted(Path(options.judged).rglob("*.png"))
     files = squares[:: len(squares) // options.number][: options.number]
-    columns = []
+    rows = []
     for variant in options.variants:
-        folder = train(variant, options.seeds[0], options)
-        x, x_hat = reconstructed(folder / "vqmodel", files, 64)
-        columns += [x, x_hat] if not columns else [x_hat]
-    pixels = np.concatenate([np.concatenate(row, axis=1) for row in zip(*columns)])
+        model = Path(variant) if Path(variant).is_dir() else train(variant, options.seeds[0], options) / "vqmodel"
+        x, x_hat = reconstructed(model, files, 64)
+        rows += [x, x_hat] if not rows else [x_hat]
+    pixels = np.concatenate([np.concatenate(row, axis=1) for row in rows])
     picture = PIL.Image.fromarray(pixels)
     picture.resize((picture.width * 3, picture.height * 3), PIL.Image.Resampling.NEAREST).save(options.out)
 
@@ -210,7 +210,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = {"run": run, "table": table, "sheet": sheet, "colours": colours}
     parser.add_argument("command", choices=commands)
-    parser.add_argument("variants", nargs="*", help=f"run, sheet: of {', '.join(VARIANTS)}; colours: a VQModel")
+    parser.add_argument("variants", nargs="*", help=f"run, sheet: of {', '.join(VARIANTS)}; sheet, colours: a VQModel")
     parser.add_argument("--train", default="squares/four_fifths", help="folder of squares to train on")
     parser.add_argument("--judged", default="squares/judged", help="folder of squares to score on")
     parser.add_argument("--work", default="squares/runs", help="where runs and their models are kept")
@@ -218,7 +218,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--flags", default="", help="run: further flags of train_vqgan.py, named in the table")
-    parser.add_argument("--number", type=int, default=8, help="sheet: rows")
+    parser.add_argument("--number", type=int, default=8, help="sheet: columns")
     parser.add_argument("--out", help="sheet: file to write")
     parser.add_argument("--photos", help="colours: folder of photographs")
     parser.add_argument("--side", type=int, default=64, help="colours: of the squares, in pixels")

@@ -873,6 +873,17 @@ def test_two_runs_do_not_write_one_directory(train, flags, capsys):
     assert not (output / ".lock").exists()
 
 
+@pytest.mark.parametrize("users_own", [True, False])
+def test_output_dir_of_a_run_that_cannot_start(flags, tmp_path, users_own):
+    """It is as it was before. Red when it is removed whoever made it, and when it is left."""
+    output, nothing = tmp_path / "run", tmp_path / "nothing"
+    nothing.mkdir()
+    if users_own:
+        output.mkdir()
+    assert train_vqgan.main([*flags, "--train_data_dir", str(nothing)]) == 2
+    assert output.exists() == users_own and (not users_own or not any(output.iterdir()))
+
+
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
 def test_directories_that_cannot_be_synced(train, monkeypatch, caplog, number):
     """Network shares and FUSE. Red when the error gets through: every save failed though the files were whole."""
