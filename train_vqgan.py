@@ -3514,8 +3514,11 @@ def known_failure(error):
     import torch._inductor.exc as inductor  # slow, and loaded already when it has failed
 
     if isinstance(error, (torch._dynamo.exc.BackendCompilerFailed, inductor.InvalidCxxCompiler)):
-        needed = "it needs a C++ compiler on CPUs, Triton and a C compiler on GPUs; install them, or leave it out"
-        return f"--torch_compile: {one_line(error)}; {needed}"
+        told, cause = one_line(error), getattr(error, "inner_exception", None)
+        remedy = "it needs a C++ compiler on CPUs, Triton and a C compiler on GPUs; install them, or leave it out"
+        if isinstance(cause, ImportError) and cause.path:
+            told, remedy = cause, "a run killed while it compiled may have left half of that file: remove it"
+        return f"--torch_compile: {told}; {remedy}"
 
 
 if __name__ == "__main__":

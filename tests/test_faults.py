@@ -603,6 +603,25 @@ def test_no_compiler(flags, tmp_path):
     assert train_vqgan.main(flags) == 0, "without the flag the same command works"
 
 
+@pytest.mark.slow
+def test_half_a_file_of_the_compiler(tmp_path):
+    """What a compilation that was killed leaves in PyTorch's cache: the message names the file, and without it all is well.
+
+    Red when it says that a compiler is missing.
+    """
+    program = "import sys, torch, train_vqgan\ntry:\n    torch.compile(lambda x: (x.sin() + 1).sum())(torch.ones(64))\n"
+    program += "except Exception as error:\n    sys.exit(train_vqgan.known_failure(error))"
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for said in ("", "file too short", ""):
+        for file in tmp_path.rglob("*.main.so"):
+            file.write_bytes(b"") if said else file.unlink()
+        command = [sys.executable, "-c", program]
+        result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+        assert (result.returncode != 0) == bool(said), result.stderr
+        if said:
+            assert re.search(f"--torch_compile: {tmp_path}.*{said}; .*remove it", result.stderr), result.stderr
+
+
 def test_wandb_without_a_key(train, flags, monkeypatch, capsys, tmp_path):
     """Red when start_trackers does not catch the tracker's own errors."""
     wandb.teardown()  # of the tests before
