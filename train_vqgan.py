@@ -457,7 +457,7 @@ def exact_fp32():
 
 
 def without_autocast(device):
-    """A context, for a device type; meta tensors know no autocast."""
+    """A context, for a device type; meta tensors know no autocast. PyTorch 2.11 cannot compile a question which do."""
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
@@ -3512,11 +3512,12 @@ def known_failure(error):
         advice = "lower --train_batch_size, raise --gradient_accumulation_steps, and leave --gradient_checkpointing on"
         return f"out of memory: {advice}"
     import torch._inductor.exc as inductor  # slow, and loaded already when it has failed
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # of Triton's files, too
 
     if isinstance(error, (torch._dynamo.exc.BackendCompilerFailed, inductor.InvalidCxxCompiler)):
         told, cause = one_line(error), getattr(error, "inner_exception", None)
         remedy = "it needs a C++ compiler on CPUs, Triton and a C compiler on GPUs; install them, or leave it out"
-        if isinstance(cause, ImportError) and cause.path:
+        if isinstance(cause, ImportError) and cause.path and Path(cause.path).is_relative_to(cache_dir()):
             told, remedy = cause, "a run killed while it compiled may have left half of that file: remove it"
         return f"--torch_compile: {told}; {remedy}"
 

@@ -6,6 +6,7 @@
 The picture in the README: three runs of the demo as it was before it cropped at native scale (`train_vqgan.py
 @recipes/demo.args --model_config_name_or_path configs/model/tiny_4x.json --discriminator_config_name_or_path
 configs/discriminator/patchgan_tiny.json --short_side 64 --perceptual_weight 0.227 --adversarial_weight 0.005
+--timm_model_layers blocks.0,blocks.1,blocks.2,blocks.4,blocks.6
 --discr_learning_rate 1e-4 --max_train_steps 600 --log_steps 10 --validation_steps 50 --discriminator_start 0.4
 --discriminator_warmup 0.05`), as it is, with `--adversarial_weight 1
 --discr_learning_rate 2e-3`, and with `--codebook_init uniform --codebook_norm none --codebook_restart_steps 0`.

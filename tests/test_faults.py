@@ -610,7 +610,7 @@ def test_half_a_file_of_the_compiler(tmp_path):
     Red when it says that a compiler is missing.
     """
     program = "import sys, torch, train_vqgan\ntry:\n    torch.compile(lambda x: (x.sin() + 1).sum())(torch.ones(64))\n"
-    program += "except Exception as error:\n    sys.exit(train_vqgan.known_failure(error))"
+    program += "except Exception as error:\n    sys.exit(train_vqgan.known_failure(error) or repr(error))"
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     for said in ("", "file too short", ""):
         for file in tmp_path.rglob("*.main.so"):
@@ -620,6 +620,13 @@ def test_half_a_file_of_the_compiler(tmp_path):
         assert (result.returncode != 0) == bool(said), result.stderr
         if said:
             assert re.search(f"--torch_compile: {tmp_path}.*{said}; .*remove it", result.stderr), result.stderr
+
+
+def test_a_module_is_not_to_be_removed():
+    """An import that fails inside a package has a path, too. Red when every path is taken for the cache's."""
+    cause = ImportError("cannot import name 'x'", path=torch.__file__)
+    error = torch._dynamo.exc.BackendCompilerFailed(lambda graph: graph, cause, None)
+    assert "install them" in train_vqgan.known_failure(error) and "remove" not in train_vqgan.known_failure(error)
 
 
 def test_wandb_without_a_key(train, flags, monkeypatch, capsys, tmp_path):
