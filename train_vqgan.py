@@ -457,7 +457,7 @@ def exact_fp32():
 
 
 def without_autocast(device):
-    """A context, for a device type; meta tensors know no autocast. PyTorch 2.11 cannot compile a question which do."""
+    """A context, for a device type. Meta tensors know no autocast; to ask PyTorch which do would cut compiled graphs."""
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
